@@ -1,0 +1,32 @@
+"""Fused batch norm for PyTorch in Triton: training, inference, and exact folding."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from . import functional as functional
+from . import nn as nn
+from .fold import fold as fold
+from .nn import BatchNorm1d as BatchNorm1d
+from .nn import BatchNorm2d as BatchNorm2d
+from .nn import BatchNorm3d as BatchNorm3d
+from .replace import replace as replace
+from .replace import restore as restore
+from .report import Report as Report
+
+if TYPE_CHECKING:
+    from .plan import explain as explain
+    from .plan import force_plan as force_plan
+
+__version__ = "0.1.0"
+
+_NEEDS_TRITON = ("explain", "force_plan")
+
+
+def __getattr__(name: str) -> Any:
+    """Names that need triton are loaded when they are first asked for."""
+    if name in _NEEDS_TRITON:
+        from . import plan
+
+        return getattr(plan, name)
+    raise AttributeError(f"module 'tritonnorm' has no attribute {name!r}")

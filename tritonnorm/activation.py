@@ -1,0 +1,109 @@
+"""The activations that a batch norm can carry: names, parameters and PyTorch's own implementation of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An activation as PyTorch defines it.
+
+    Attributes:
+        name: the name that modules and functions take.
+        function: PyTorch's implementation, ``function(x, *args)``.
+        module: PyTorch's module of the same activation, built as ``module(*args)``.
+        defaults: its parameters and their default values, as in `torch.nn.functional`.
+        slopes: the two values of the derivative if it has only two, ``slopes(*args)`` -> (gate open, shut);
+            one bit per element then describes it.
+    """
+
+    name: str
+    function: Callable[..., Tensor]
+    module: Callable[..., nn.Module]
+    defaults: tuple[tuple[str, float], ...] = ()
+    slopes: Callable[..., tuple[float, float]] | None = None
+
+    @property
+    def two_valued(self) -> bool:
+        """Whether the derivative takes only two values."""
+        return self.slopes is not None
+
+
+def _open_or_zero() -> tuple[float, float]:
+    return 1.0, 0.0
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    a.name: a
+    for a in (
+        Activation("relu", F.relu, nn.ReLU, slopes=_open_or_zero),
+        Activation("relu6", F.relu6, nn.ReLU6, slopes=_open_or_zero),
+        Activation(
+            "leaky_relu",
+            F.leaky_relu,
+            nn.LeakyReLU,
+            (("negative_slope", 0.01),),
+            slopes=lambda slope: (1.0, slope),
+        ),
+        Activation("hardsigmoid", F.hardsigmoid, nn.Hardsigmoid, slopes=lambda: (1.0 / 6.0, 0.0)),
+        Activation("hardswish", F.hardswish, nn.Hardswish),
+        Activation("sigmoid", Tensor.sigmoid, nn.Sigmoid),
+        Activation("tanh", Tensor.tanh, nn.Tanh),
+        Activation("silu", F.silu, nn.SiLU),
+        Activation("gelu", F.gelu, nn.GELU),
+        Activation(
+            "gelu_tanh", lambda x: F.gelu(x, approximate="tanh"), lambda: nn.GELU(approximate="tanh")
+        ),
+        Activation("elu", F.elu, nn.ELU, (("alpha", 1.0),)),
+        Activation("softplus", F.softplus, nn.Softplus, (("beta", 1.0), ("threshold", 20.0))),
+        Activation("mish", F.mish, nn.Mish),
+    )
+}
+
+_NONE = (None, "none", "identity")
+
+
+def resolve(
+    activation: str | None, activation_args: Sequence[float] = ()
+) -> tuple[Activation | None, tuple[float, ...]]:
+    """Look an activation up by name and complete its parameters with their defaults.
+
+    Args:
+        activation: a key of `ACTIVATIONS`, or None, "none" or "identity" for no activation.
+        activation_args: its leading parameters, in the order of `torch.nn.functional`.
+
+    Raises:
+        ValueError: the name is unknown, or the parameters are too many or not numbers.
+    """
+    if activation in _NONE:
+        if len(activation_args):
+            raise ValueError(
+                f"activation_args: expected none without an activation, got {tuple(activation_args)}"
+            )
+        return None, ()
+    found = ACTIVATIONS.get(activation) if isinstance(activation, str) else None
+    if found is None:
+        raise ValueError(
+            f"activation: expected None or one of {', '.join(sorted(ACTIVATIONS))}; got {activation!r}"
+        )
+    names = [name for name, _ in found.defaults]
+    if len(activation_args) > len(names):
+        raise ValueError(
+            f"activation_args: {found.name} takes {len(names)} ({', '.join(names) or 'none'}), "
+            f"got {tuple(activation_args)}"
+        )
+    try:
+        given = tuple(float(a) for a in activation_args)
+    except (TypeError, ValueError):
+        raise ValueError(f"activation_args: expected numbers, got {activation_args!r}") from None
+    return found, given + tuple(value for _, value in found.defaults[len(given) :])
+
+
+def apply(activation: Activation | None, args: Sequence[float], x: Tensor) -> Tensor:
+    """The activation of `x` by PyTorch's own implementation."""
+    return x if activation is None else activation.function(x, *args)

@@ -1,0 +1,95 @@
+"""What a plan needs to know about a GPU. Nothing here touches CUDA until a device is asked for."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class Device:
+    """Silicon facts of one GPU; constructible by hand, so that plans can be made and tested without it.
+
+    Attributes:
+        name: product name, for people only.
+        arch: "sm_90", "gfx942", or "interpreter" for Triton's interpreter on the CPU.
+        sms: streaming multiprocessors (compute units).
+        l2_bytes: size of the last-level cache that all of them share.
+        bandwidth: theoretical DRAM bandwidth in bytes per second, 0 if unknown.
+        warp: threads of a warp (wavefront).
+    """
+
+    name: str
+    arch: str
+    sms: int
+    l2_bytes: int
+    bandwidth: float = 0.0
+    warp: int = 32
+
+    @classmethod
+    def of(cls, device: torch.device) -> Device:
+        """The description of a torch device: a GPU; for the CPU the interpreter or what is `simulated`."""
+        if device.type == "cpu":
+            return _cpu
+        index = device.index
+        if device.type == "cuda" and index is None:
+            index = torch.cuda.current_device()
+        return _probe(device.type, index)
+
+
+INTERPRETER = Device("Triton interpreter", "interpreter", sms=4, l2_bytes=1 << 20)
+
+# Known GPUs, for planning without one. Product data sheets; bandwidth in bytes per second.
+KNOWN: dict[str, Device] = {
+    "a100": Device("NVIDIA A100 80GB", "sm_80", 108, 40 << 20, 2.04e12),
+    "h100": Device("NVIDIA H100 80GB", "sm_90", 132, 50 << 20, 3.35e12),
+    "h200": Device("NVIDIA H200", "sm_90", 132, 60 << 20, 4.8e12),
+    "b200": Device("NVIDIA B200", "sm_100", 148, 126 << 20, 7.7e12),
+    "mi300x": Device("AMD Instinct MI300X", "gfx942", 304, 256 << 20, 5.3e12, warp=64),
+}
+
+
+_cpu = INTERPRETER
+
+
+@contextlib.contextmanager
+def simulated(device: Device) -> Iterator[None]:
+    """Within the context CPU tensors count as lying on ``device``: plans are made, and kernels launched, for it.
+
+    For audits without a GPU, under a driver that records launches instead of running them.
+    """
+    global _cpu
+    before, _cpu = _cpu, device
+    try:
+        yield
+    finally:
+        _cpu = before
+
+
+def is_simulated() -> bool:
+    """Whether CPU tensors count as lying on a GPU at the moment."""
+    return _cpu is not INTERPRETER
+
+
+@lru_cache(maxsize=None)
+def _probe(kind: str, index: int | None) -> Device:
+    if kind != "cuda":
+        raise ValueError(f"device: expected a CUDA or ROCm device, got {kind!r}")
+    props = torch.cuda.get_device_properties(index)
+    hip = torch.version.hip is not None
+    arch = props.gcnArchName.split(":")[0] if hip else f"sm_{props.major}{props.minor}"
+    # kHz times bits: double data rate; 0 where the driver does not tell (unified memory parts).
+    clock = getattr(props, "memory_clock_rate", 0) or 0
+    width = getattr(props, "memory_bus_width", 0) or 0
+    return Device(
+        name=props.name,
+        arch=arch,
+        sms=props.multi_processor_count,
+        l2_bytes=getattr(props, "L2_cache_size", 0) or 0,
+        bandwidth=0.0 if hip else 2.0 * clock * 1e3 * width / 8,
+        warp=getattr(props, "warp_size", 64 if hip else 32),
+    )

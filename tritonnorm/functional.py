@@ -1,0 +1,246 @@
+"""Batch norm as a function: the checks, the choice between kernels and PyTorch, the momentum rule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import has_torch_function
+
+from . import activation as activations
+from . import settings
+from .device import is_simulated
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_logged: set[str] = set()
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    *,
+    activation: str | None = None,
+    activation_args: Sequence[float] = (),
+    residual: Tensor | None = None,
+    num_batches_tracked: Tensor | None = None,
+) -> Tensor:
+    """``activation(batch_norm(input) + residual)``, in one pass over the data where it fits.
+
+    By default, and positionally, what `torch.nn.functional.batch_norm` is (Ioffe and Szegedy, 2015).
+    On a GPU it runs as Triton kernels; where they cannot (a CPU tensor, a dtype without kernels, an empty
+    batch, a tracer) PyTorch's own implementation and activation run instead, and the reason is logged once.
+
+    Args:
+        input: ``[N, C, ...]`` float16, bfloat16, float32 or float64, of any strides.
+        running_mean: ``[C]`` running mean, updated in place if training; may be None if training.
+        running_var: ``[C]`` running (unbiased) variance, likewise.
+        weight: ``[C]`` scale, the dtype of ``input`` or float32; None is 1.
+        bias: ``[C]`` shift, likewise; None is 0.
+        training: normalize with the statistics of this batch, else with the running ones.
+        momentum: weight of this batch in the running statistics; None weighs all batches equally and
+            needs ``num_batches_tracked``.
+        eps: added to the variance.
+        activation: a name of `tritonnorm.activation.ACTIVATIONS`, or None.
+        activation_args: its parameters, as in `torch.nn.functional` (``negative_slope``, ``alpha``, ...).
+        residual: added before the activation; shape, dtype and device of ``input``.
+        num_batches_tracked: int64 scalar, incremented in place if training.
+
+    Returns:
+        A tensor of the shape, dtype and memory format of ``input``.
+
+    Raises:
+        ValueError: an argument is of the wrong shape, dtype, device or name; the message names it.
+        RuntimeError: a C-vector of the wrong length, or no running statistics when not training; the type
+            is PyTorch's own.
+    """
+    act, act_args = activations.resolve(activation, activation_args)
+    tensors = (input, running_mean, running_var, weight, bias, residual, num_batches_tracked)
+    reason = _overridden(tensors)
+    if reason is None:
+        _check(
+            input, running_mean, running_var, weight, bias, training, momentum, eps, residual,
+            num_batches_tracked,
+        )  # fmt: skip
+        reason = _unsupported(input, running_mean, running_var, weight, bias)
+    if reason is not None:
+        _log_once(reason)
+        return _by_torch(
+            input, running_mean, running_var, weight, bias, training, momentum, eps, act, act_args,
+            residual, num_batches_tracked,
+        )  # fmt: skip
+    from . import ops
+
+    if not training:
+        num_batches_tracked = None
+    return ops.batch_norm(
+        input, residual, weight, bias, running_mean, running_var, num_batches_tracked,
+        training, momentum, eps, act.name if act else "", act_args,
+    )  # fmt: skip
+
+
+def _check(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    residual: Tensor | None,
+    num_batches_tracked: Tensor | None,
+) -> None:
+    """Refuse what cannot be computed, before anything is launched or changed."""
+    if input.dim() < 2:
+        raise ValueError(f"input: expected at least 2 dimensions [N, C, ...], got {input.dim()}D")
+    if not input.is_floating_point() and not input.is_complex():
+        raise ValueError(f"input: expected a floating-point dtype, got {input.dtype}")
+    channels = input.shape[1]
+    for name, vector in (
+        ("running_mean", running_mean),
+        ("running_var", running_var),
+        ("weight", weight),
+        ("bias", bias),
+    ):
+        if vector is None:
+            if not training and name.startswith("running"):
+                raise RuntimeError(f"{name} must be defined in evaluation mode")
+            continue
+        if vector.numel() != channels:
+            raise RuntimeError(f"{name} should contain {channels} elements not {vector.numel()}")
+        _check_device(name, vector, input)
+    if training and (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean, running_var: expected both or neither, got one")
+    if training and channels and input.numel() == channels:
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input size {input.shape}"
+        )
+    if training and eps <= 0.0:
+        raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
+    if eps < 0.0:
+        raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
+    if momentum is None and training and running_mean is not None and num_batches_tracked is None:
+        raise ValueError("momentum: None (cumulative average) needs num_batches_tracked")
+    if num_batches_tracked is not None:
+        if num_batches_tracked.numel() != 1 or num_batches_tracked.dtype != torch.int64:
+            raise ValueError(
+                "num_batches_tracked: expected an int64 scalar, got "
+                f"{num_batches_tracked.dtype} of shape {tuple(num_batches_tracked.shape)}"
+            )
+        _check_device("num_batches_tracked", num_batches_tracked, input)
+    if residual is not None:
+        if residual.shape != input.shape:
+            raise ValueError(
+                f"residual: expected the shape of input {tuple(input.shape)}, "
+                f"got {tuple(residual.shape)}"
+            )
+        if residual.dtype != input.dtype:
+            raise ValueError(f"residual: expected the dtype of input {input.dtype}, got {residual.dtype}")
+        _check_device("residual", residual, input)
+
+
+def _check_device(name: str, tensor: Tensor, input: Tensor) -> None:
+    if tensor.device != input.device:
+        raise ValueError(f"{name}: expected on {input.device} like input, got {tensor.device}")
+
+
+def _overridden(tensors: tuple[Tensor | None, ...]) -> str | None:
+    """A reason to hand the whole call to PyTorch unseen: tracers, functional transforms, tensor subclasses."""
+    if has_torch_function(tensors):
+        return "an argument overrides torch functions (a tracer or a tensor subclass)"
+    if torch.jit.is_tracing() or torch.jit.is_scripting():
+        return "torch.jit is tracing"
+    return None
+
+
+def _unsupported(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> str | None:
+    """Why the kernels cannot compute this, or None."""
+    if settings.disabled():
+        return "TRITONNORM_DISABLE is set"
+    if not input.is_cuda and not settings.interpreting() and not is_simulated():
+        return f"input is on {input.device.type}, and Triton's interpreter is off"
+    if input.device.type not in ("cuda", "cpu"):
+        return f"input is on {input.device.type}"
+    if not _has_triton():
+        return "triton is not installed"
+    if input.dtype not in _FLOATS:
+        return f"input is {input.dtype}"
+    if input.numel() == 0:
+        return "input is empty"
+    if torch.compiler.is_exporting():
+        return "the graph is being exported"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a torch.func transform is active"
+    if input.layout != torch.strided:
+        return f"input is {input.layout}"
+    wide = torch.float64 if input.dtype == torch.float64 else torch.float32
+    for name, vector in (("weight", weight), ("bias", bias)):
+        if vector is not None and vector.dtype not in (input.dtype, wide):
+            return f"{name} is {vector.dtype} with an input of {input.dtype}"
+    for name, vector in (("running_mean", running_mean), ("running_var", running_var)):
+        if vector is not None and vector.dtype not in (input.dtype, wide):
+            return f"{name} is {vector.dtype} with an input of {input.dtype}"
+        if vector is not None and not vector.is_contiguous():
+            return f"{name} is not contiguous"
+    return None
+
+
+def _has_triton() -> bool:
+    global _triton
+    if _triton is None:
+        import importlib.util
+
+        _triton = importlib.util.find_spec("triton") is not None
+    return _triton
+
+
+_triton: bool | None = None
+
+
+def _log_once(reason: str) -> None:
+    if torch.compiler.is_compiling() or reason in _logged:
+        return
+    _logged.add(reason)
+    settings.logger.info("batch_norm runs in PyTorch: %s", reason)
+
+
+def _by_torch(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    act: activations.Activation | None,
+    act_args: Sequence[float],
+    residual: Tensor | None,
+    num_batches_tracked: Tensor | None,
+) -> Tensor:
+    """PyTorch's batch norm, then the same epilogue."""
+    if training and num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+        if momentum is None:
+            momentum = 1.0 / float(num_batches_tracked)
+    y = F.batch_norm(
+        input, running_mean, running_var, weight, bias, training,
+        0.0 if momentum is None else momentum, eps,
+    )  # fmt: skip
+    if residual is not None:
+        y = y + residual
+    return activations.apply(act, act_args, y)

@@ -1,0 +1,12 @@
+"""The algorithms. This tuple is the only place that enumerates them."""
+
+from __future__ import annotations
+
+from .affine import Affine
+from .base import Algorithm
+from .resident import Resident
+from .split import Split
+
+#: In the order of preference of the formula: the first that supports a problem is taken.
+ALGORITHMS: tuple[Algorithm, ...] = (Resident(), Split(), Affine())
+BY_NAME: dict[str, Algorithm] = {a.name: a for a in ALGORITHMS}

@@ -1,0 +1,264 @@
+"""Activations as pairs of device functions of the pre-activation v: the value, and the gradient g * f'(v).
+
+Each is defined as PyTorch defines it, at the boundaries and for NaN and infinity too. Parameters come last
+and are compile-time constants. A derivative that takes only two values is split into a *gate*, the
+predicate that tells which, and the *gated* gradient: one bit per element then replaces the pre-activation.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _expm1(v):
+    """exp(v) - 1 without cancellation: Taylor below 0.5 (1/10! * 0.5^10 < 2^-31; 1/18! * 0.5^18 < 2^-70)."""
+    TERMS: tl.constexpr = 18 if v.dtype == tl.float64 else 10
+    small = tl.where(tl.abs(v) < 0.5, v, 0.0)
+    series = tl.full(v.shape, 1.0, v.dtype)
+    for i in tl.static_range(TERMS - 1):
+        series = 1.0 + series * (small * (1.0 / (TERMS - i)))
+    return tl.where(tl.abs(v) < 0.5, small * series, tl.exp(v) - 1.0)
+
+
+@triton.jit
+def _log1p(e):
+    """log(1 + e) for e in [0, 1] as 2 atanh(s), s = e / (2 + e) <= 1/3; the series stops below rounding."""
+    TERMS: tl.constexpr = 17 if e.dtype == tl.float64 else 9
+    s = e / (2.0 + e)
+    square = s * s
+    series = tl.full(e.shape, 0.0, e.dtype)
+    for i in tl.static_range(TERMS):
+        series = series * square + 1.0 / (2 * (TERMS - 1 - i) + 1)
+    return 2.0 * s * series
+
+
+@triton.jit
+def sigmoid(v):
+    return 1.0 / (1.0 + tl.exp(-v))
+
+
+@triton.jit
+def sigmoid_gradient(v, g):
+    s = sigmoid(v)
+    return g * s * (1.0 - s)
+
+
+@triton.jit
+def tanh(v):
+    em = _expm1(2.0 * tl.where(tl.abs(v) > 20.0, 20.0, tl.abs(v)))
+    t = tl.where(v != v, v, em / (em + 2.0))
+    return tl.where(v < 0, -t, t)
+
+
+@triton.jit
+def tanh_gradient(v, g):
+    t = tanh(v)
+    return g * (1.0 - t) * (1.0 + t)
+
+
+@triton.jit
+def relu(v):
+    return tl.where(v <= 0, 0.0, v)
+
+
+@triton.jit
+def relu_gate(v):
+    return (v <= 0) == 0
+
+
+@triton.jit
+def relu_gated(gate, g):
+    return tl.where(gate, g, 0.0)
+
+
+@triton.jit
+def relu6(v):
+    return tl.where(v <= 0, 0.0, tl.where(v >= 6.0, 6.0, v))
+
+
+@triton.jit
+def relu6_gate(v):
+    return ((v <= 0) | (v >= 6.0)) == 0
+
+
+@triton.jit
+def leaky_relu(v, SLOPE: tl.constexpr):
+    return tl.where(v > 0, v, v * SLOPE)
+
+
+@triton.jit
+def leaky_relu_gate(v, SLOPE: tl.constexpr):
+    return v > 0
+
+
+@triton.jit
+def leaky_relu_gated(gate, g, SLOPE: tl.constexpr):
+    return tl.where(gate, g, g * SLOPE)
+
+
+@triton.jit
+def hardsigmoid(v):
+    return tl.where(v <= -3.0, 0.0, tl.where(v >= 3.0, 1.0, (v + 3.0) / 6.0))
+
+
+@triton.jit
+def hardsigmoid_gate(v):
+    return (v > -3.0) & (v < 3.0)
+
+
+@triton.jit
+def hardsigmoid_gated(gate, g):
+    return tl.where(gate, g / 6.0, 0.0)
+
+
+@triton.jit
+def hardswish(v):
+    return v * tl.where(v <= -3.0, 0.0, tl.where(v >= 3.0, 6.0, v + 3.0)) / 6.0
+
+
+@triton.jit
+def hardswish_gradient(v, g):
+    return tl.where(v <= -3.0, 0.0, tl.where(v >= 3.0, g, g * (v / 3.0 + 0.5)))
+
+
+@triton.jit
+def silu(v):
+    return v / (1.0 + tl.exp(-v))
+
+
+@triton.jit
+def silu_gradient(v, g):
+    s = sigmoid(v)
+    return g * s * (1.0 + v * (1.0 - s))
+
+
+@triton.jit
+def gelu(v):
+    return v * 0.5 * (1.0 + tl.erf(v * 0.7071067811865476))
+
+
+@triton.jit
+def gelu_gradient(v, g):
+    cdf = 0.5 * (1.0 + tl.erf(v * 0.7071067811865476))
+    return g * (cdf + v * tl.exp(-0.5 * v * v) * 0.3989422804014327)
+
+
+@triton.jit
+def gelu_tanh(v):
+    return 0.5 * v * (1.0 + tanh(0.7978845608028654 * (v + 0.044715 * v * v * v)))
+
+
+@triton.jit
+def gelu_tanh_gradient(v, g):
+    t = tanh(0.7978845608028654 * (v + 0.044715 * v * v * v))
+    slope = 0.7978845608028654 * (1.0 + 0.134145 * v * v)
+    return g * 0.5 * ((1.0 + t) + v * (1.0 - t) * (1.0 + t) * slope)
+
+
+@triton.jit
+def elu(v, ALPHA: tl.constexpr):
+    return tl.where(v > 0, v, ALPHA * _expm1(tl.where(v > 0, 0.0, v)))
+
+
+@triton.jit
+def elu_gradient(v, g, ALPHA: tl.constexpr):
+    return tl.where(v > 0, g, g * ALPHA * tl.exp(tl.where(v > 0, 0.0, v)))
+
+
+@triton.jit
+def softplus(v, BETA: tl.constexpr, THRESHOLD: tl.constexpr):
+    z = v * BETA
+    value = (tl.where(z < 0, 0.0, z) + _log1p(tl.exp(-tl.abs(z)))) / BETA
+    return tl.where(z > THRESHOLD, v, value)
+
+
+@triton.jit
+def softplus_gradient(v, g, BETA: tl.constexpr, THRESHOLD: tl.constexpr):
+    z = v * BETA
+    return tl.where(z > THRESHOLD, g, g * sigmoid(z))
+
+
+@triton.jit
+def mish(v):
+    return v * tanh(softplus(v, 1.0, 20.0))
+
+
+@triton.jit
+def mish_gradient(v, g):
+    t = tanh(softplus(v, 1.0, 20.0))
+    return g * (t + v * sigmoid(v) * (1.0 - t) * (1.0 + t))
+
+
+class Epilogue(NamedTuple):
+    """The device functions of one activation: the `gradient` of a smooth one, or `gate` and `gated`."""
+
+    forward: object
+    gradient: object = None
+    gate: object = None
+    gated: object = None
+
+
+EPILOGUES = {
+    "relu": Epilogue(relu, gate=relu_gate, gated=relu_gated),
+    "relu6": Epilogue(relu6, gate=relu6_gate, gated=relu_gated),
+    "leaky_relu": Epilogue(leaky_relu, gate=leaky_relu_gate, gated=leaky_relu_gated),
+    "hardsigmoid": Epilogue(hardsigmoid, gate=hardsigmoid_gate, gated=hardsigmoid_gated),
+    "hardswish": Epilogue(hardswish, hardswish_gradient),
+    "sigmoid": Epilogue(sigmoid, sigmoid_gradient),
+    "tanh": Epilogue(tanh, tanh_gradient),
+    "silu": Epilogue(silu, silu_gradient),
+    "gelu": Epilogue(gelu, gelu_gradient),
+    "gelu_tanh": Epilogue(gelu_tanh, gelu_tanh_gradient),
+    "elu": Epilogue(elu, elu_gradient),
+    "softplus": Epilogue(softplus, softplus_gradient),
+    "mish": Epilogue(mish, mish_gradient),
+}
+
+
+@triton.jit
+def affine_parameters(c, C, rstd, weight_ptr, bias_ptr):
+    """Scale ``weight * rstd`` and shift ``bias`` of a channel block, accumulator dtype; None means 1 and 0."""
+    scale = rstd
+    shift = tl.zeros_like(rstd)
+    if weight_ptr is not None:
+        scale = rstd * tl.load(weight_ptr + c, mask=c < C, other=0.0).to(rstd.dtype)
+    if bias_ptr is not None:
+        shift = tl.load(bias_ptr + c, mask=c < C, other=0.0).to(rstd.dtype)
+    return scale, shift
+
+
+@triton.jit
+def pre_activation(
+    x,  # [BLOCK_C, BLOCK_M] accumulator dtype
+    residual,  # [BLOCK_C, BLOCK_M] or None
+    mean,  # [BLOCK_C]
+    scale,  # [BLOCK_C] weight * rstd
+    shift,  # [BLOCK_C] bias
+):
+    """(x - mean) * scale + shift + residual; the subtraction first, so that a large mean costs no digits."""
+    v = (x - mean[:, None]) * scale[:, None] + shift[:, None]
+    if residual is not None:
+        v += residual
+    return v
+
+
+@triton.jit
+def activate(v, ACT: tl.constexpr, ACT_ARGS: tl.constexpr):
+    """The activation of a tile; ACT None is the identity."""
+    if ACT is None:
+        return v
+    else:
+        return ACT(v, *ACT_ARGS)
+
+
+@triton.jit
+def activation_gradient(
+    v, g, GRADIENT: tl.constexpr, GATE: tl.constexpr, GATED: tl.constexpr, ACT_ARGS: tl.constexpr
+):
+    """The gradient g with respect to the activation's output, carried to the pre-activation v."""
+    if GRADIENT is not None:
+        return GRADIENT(v, g, *ACT_ARGS)
+    else:
+        return GATED(GATE(v, *ACT_ARGS), g, *ACT_ARGS)

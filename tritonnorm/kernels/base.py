@@ -1,0 +1,211 @@
+"""What every algorithm shares: its configuration, its arguments, its interface, and the one way to launch."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import triton
+from torch import Tensor
+
+from ..device import Device
+from ..problem import Problem
+from ._epilogue import EPILOGUES, Epilogue
+
+
+@dataclass(frozen=True)
+class Config:
+    """The shape of a launch. All block sizes are powers of two.
+
+    Attributes:
+        block_c: channels of a tile.
+        block_n: samples of a tile.
+        block_p: positions of a tile.
+        splits: programs that share the chunks of one channel block.
+        num_warps: warps of a program.
+    """
+
+    block_c: int
+    block_n: int
+    block_p: int
+    splits: int = 1
+    num_warps: int = 4
+
+    @property
+    def tile(self) -> int:
+        """Elements of a tile."""
+        return self.block_c * self.block_n * self.block_p
+
+    def chunks(self, problem: Problem) -> int:
+        """Tiles that cover one channel block."""
+        view = problem.view
+        return triton.cdiv(view.n, self.block_n) * triton.cdiv(view.p, self.block_p)
+
+    def channel_blocks(self, problem: Problem) -> int:
+        return triton.cdiv(problem.view.c, self.block_c)
+
+    def geometry(self, problem: Problem) -> dict[str, Any]:
+        """The compile-time arguments that describe tiles, the same for every kernel."""
+        return {
+            "VEC": problem.vector,
+            "BLOCK_C": self.block_c,
+            "BLOCK_N": self.block_n,
+            "BLOCK_P": self.block_p,
+            "CHANNELS_LAST": problem.view.channels_last,
+        }
+
+
+@dataclass(frozen=True)
+class EpilogueArguments:
+    """The device functions of an activation and its parameters; the identity has none."""
+
+    functions: Epilogue | None = None
+    args: tuple[float, ...] = ()
+
+    @classmethod
+    def named(cls, name: str, args: Sequence[float]) -> EpilogueArguments:
+        """Those of an activation by name; "" is the identity."""
+        return cls(EPILOGUES[name], tuple(args)) if name else cls()
+
+    def forward(self) -> dict[str, Any]:
+        f = self.functions
+        return {
+            "ACT": f and f.forward,
+            "GATE": f and f.gate,
+            "ACT_ARGS": self.args,
+        }
+
+    def backward(self) -> dict[str, Any]:
+        f = self.functions
+        return {
+            "GRADIENT": f and f.gradient,
+            "GATE": f and f.gate,
+            "GATED": f and f.gated,
+            "ACT_ARGS": self.args,
+        }
+
+
+@dataclass(frozen=True)
+class ForwardArguments:
+    """Tensors and scalars of a forward launch. C-vectors are contiguous; x alone may have its own strides.
+
+    With given statistics, `running_mean` and `running_var` are those and stay as they are, and `mean` and
+    `rstd` are None unless a backward will need them.
+    """
+
+    x: Tensor  # [N, C, P] any strides
+    y: Tensor  # [N, C, P] dense, written
+    mean: Tensor | None  # [C] accumulator dtype, written
+    rstd: Tensor | None  # [C] accumulator dtype, written
+    residual: Tensor | None  # [N, C, P] dense
+    mask: Tensor | None  # uint8 [view.mask_bytes], written
+    weight: Tensor | None  # [C]
+    bias: Tensor | None  # [C]
+    running_mean: Tensor | None  # [C]
+    running_var: Tensor | None  # [C]
+    counter: Tensor | None  # [] int64 num_batches_tracked
+    momentum: float | None
+    eps: float
+    epilogue: EpilogueArguments
+
+
+@dataclass(frozen=True)
+class BackwardArguments:
+    """Tensors of a backward launch; a gradient that is None is not computed."""
+
+    dy: Tensor  # [N, C, P] dense
+    x: Tensor  # [N, C, P] any strides
+    mean: Tensor  # [C] accumulator dtype
+    rstd: Tensor  # [C] accumulator dtype
+    residual: Tensor | None  # [N, C, P] dense
+    mask: Tensor | None  # uint8 [view.mask_bytes]
+    weight: Tensor | None  # [C]
+    bias: Tensor | None  # [C]
+    dx: Tensor | None  # [N, C, P] dense, written
+    dresidual: Tensor | None  # [N, C, P] dense, written
+    dweight: Tensor | None  # [C] written
+    dbias: Tensor | None  # [C] written
+    epilogue: EpilogueArguments
+
+
+class Algorithm(Protocol):
+    """One way to compute a batch norm, forward and backward. Everything about it lies in one file."""
+
+    name: str
+
+    def supports(self, problem: Problem, device: Device) -> str | None:
+        """None if it can compute the problem on the device, else the reason in words."""
+
+    def heuristic(self, problem: Problem, device: Device) -> Config:
+        """The configuration that a formula picks."""
+
+    def configs(self, problem: Problem, device: Device) -> list[Config]:
+        """The configurations worth timing, the heuristic's first."""
+
+    def model_bytes(self, problem: Problem, config: Config) -> int:
+        """The bytes of activations (and mask) that the kernels load and store, to the byte."""
+
+    def forward(self, problem: Problem, config: Config, a: ForwardArguments) -> None:
+        """Launch the forward kernels."""
+
+    def backward(self, problem: Problem, config: Config, a: BackwardArguments) -> None:
+        """Launch the backward kernels."""
+
+
+def x_strides(problem: Problem) -> tuple[int | None, int | None, int | None]:
+    """The stride arguments of x: None where x is dense, which leaves them out of the compiled kernel."""
+    return problem.view.strides or (None, None, None)
+
+
+def advance_counter(a: ForwardArguments) -> bool:
+    """Whether the running averages are cumulative (momentum None); if so the counter moves before the launch.
+
+    Every program then reads the new count, and none of them writes it. The host never waits for it.
+    """
+    if a.momentum is not None or a.counter is None:
+        return False
+    a.counter.add_(1)
+    return True
+
+
+def launch(kernel: Any, grid: tuple[int, ...], x: Tensor, *args: Any, num_warps: int, **meta: Any) -> None:
+    """Launch a kernel on the device of `x`.
+
+    Floating-point fusion is asked for explicitly: Triton 3.10 changes its default.
+    """
+    guard = torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    with guard:
+        kernel[grid](*args, **meta, num_warps=num_warps, enable_fp_fusion=True)
+
+
+def power_of_two_blocks(extent: int, limit: int, floor: int) -> int:
+    """The power of two in [floor, limit] that covers an extent with the least padding, the larger on a tie.
+
+    Padding wastes issue slots, not bandwidth, so up to 1/16 of it is accepted for a larger block.
+    """
+    best = min(limit, max(floor, triton.next_power_of_2(extent)))
+    candidates = [best]
+    while candidates[-1] > floor:
+        candidates.append(candidates[-1] // 2)
+    padded = [triton.cdiv(extent, b) * b for b in candidates]
+    least = min(padded)
+    return next(b for b, size in zip(candidates, padded, strict=True) if size <= least + least // 16)
+
+
+def tile_shape(problem: Problem, elements: int, max_block_c: int) -> tuple[int, int, int]:
+    """A tile ``(block_c, block_n, block_p)`` of about `elements` that keeps contiguous runs long.
+
+    Channels last: channels first, up to `max_block_c`, then positions. Otherwise one channel, positions
+    first (at least 64, or the whole plane: 128 bytes of 16-bit data, a cache line), then samples.
+    """
+    view = problem.view
+    bits = 8 if problem.mask else 1  # a mask packs eight neighbours of the contiguous axis
+    if view.channels_last:
+        block_c = min(max(bits, triton.next_power_of_2(view.c)), max_block_c)
+        return block_c, 1, min(triton.next_power_of_2(view.p), max(1, elements // block_c))
+    floor = min(64, triton.next_power_of_2(view.p))
+    block_p = max(bits, power_of_two_blocks(view.p, elements, floor))
+    return 1, min(triton.next_power_of_2(view.n), max(1, elements // block_p)), block_p

@@ -1,0 +1,287 @@
+"""A channel block stays in the registers of one program: one read, one write, one launch.
+
+Forward moves 2S, backward 3S. The variance is exact: the mean first, then the squared deviations from it,
+both over data at hand. No program waits for another.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..device import Device
+from ..problem import Problem, minimum_bytes
+from . import _epilogue as epilogue
+from . import _moments as moments
+from . import _tile as tile
+from .base import (
+    BackwardArguments,
+    Config,
+    ForwardArguments,
+    advance_counter,
+    launch,
+    power_of_two_blocks,
+    x_strides,
+)
+
+# 32-bit registers a thread may spend on the tensors it keeps; the rest is for addresses and reductions.
+# With the compile audit no configuration within this budget spills on sm_80, sm_90, sm_100 or gfx942.
+PAYLOAD_REGISTERS = 48
+MAX_WARPS = 16  # 512 threads of 128 registers: the most a program can hold
+
+
+@triton.jit
+def forward_kernel(
+    x_ptr,  # [N, C, P] input
+    y_ptr,  # [N, C, P] output, dense
+    residual_ptr,  # [N, C, P] dense, or None
+    mask_ptr,  # bit mask of the gate, or None
+    mean_ptr,  # [C] out
+    rstd_ptr,  # [C] out
+    weight_ptr,  # [C] or None
+    bias_ptr,  # [C] or None
+    running_mean_ptr,  # [C] or None
+    running_var_ptr,  # [C] or None
+    counter_ptr,  # [] int64 or None
+    N,
+    C,
+    P,
+    xs_n,
+    xs_c,
+    xs_p,
+    eps: tl.float64,
+    momentum: tl.float64,
+    CUMULATIVE: tl.constexpr,
+    ACT: tl.constexpr,
+    GATE: tl.constexpr,
+    ACT_ARGS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    VEC: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+):
+    """Statistics, running statistics, normalize, add, activate, for one channel block."""
+    ACC: tl.constexpr = mean_ptr.dtype.element_ty
+    C, P = tile.hint_fast_axis(C, P, VEC, CHANNELS_LAST)
+    c0 = tl.program_id(0) * BLOCK_C
+    c = c0 + tl.arange(0, BLOCK_C)
+    xs = ()
+    for chunk in tl.static_range(CHUNKS):
+        n, p, column, _ = tile.chunk_index(chunk, N, P, BLOCK_N, BLOCK_P)
+        valid = (c < C)[:, None] & column[None, :]
+        dense = tile.dense_offsets(c, n, p, C, P, CHANNELS_LAST)
+        at = tile.input_offsets(c, n, p, dense, xs_n, xs_c, xs_p)
+        xs = xs + (tl.load(x_ptr + at, mask=valid, other=0.0),)
+    count = tl.cast(N, ACC) * tl.cast(P, ACC)
+    mean = tl.zeros([BLOCK_C], ACC)
+    for chunk in tl.static_range(CHUNKS):
+        mean += tl.sum(xs[chunk].to(ACC), 1)
+    mean = mean / count
+    m2 = tl.zeros([BLOCK_C], ACC)
+    for chunk in tl.static_range(CHUNKS):
+        n, p, column, _ = tile.chunk_index(chunk, N, P, BLOCK_N, BLOCK_P)
+        centred = tl.where(column[None, :], xs[chunk].to(ACC) - mean[:, None], 0.0)
+        m2 += tl.sum(centred * centred, 1)
+    rstd = 1.0 / tl.sqrt(m2 / count + tl.full([], eps, ACC))
+    moments.store_statistics(
+        c, mean, m2, rstd, count, C, mean_ptr, rstd_ptr,
+        running_mean_ptr, running_var_ptr, counter_ptr, momentum, CUMULATIVE,
+    )  # fmt: skip
+    scale, shift = epilogue.affine_parameters(c, C, rstd, weight_ptr, bias_ptr)
+    for chunk in tl.static_range(CHUNKS):
+        n, p, column, _ = tile.chunk_index(chunk, N, P, BLOCK_N, BLOCK_P)
+        valid = (c < C)[:, None] & column[None, :]
+        dense = tile.dense_offsets(c, n, p, C, P, CHANNELS_LAST)
+        residual = None
+        if residual_ptr is not None:
+            residual = tl.load(residual_ptr + dense, mask=valid, other=0.0).to(ACC)
+        v = epilogue.pre_activation(xs[chunk].to(ACC), residual, mean, scale, shift)
+        y = epilogue.activate(v, ACT, ACT_ARGS)
+        tl.store(y_ptr + dense, y.to(y_ptr.dtype.element_ty), mask=valid)
+        if mask_ptr is not None:
+            bytes_at, bytes_valid = tile.bit_offsets(
+                c0, chunk, N, C, P, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST
+            )
+            bits = tile.pack_bits(GATE(v, *ACT_ARGS), BLOCK_C, BLOCK_N * BLOCK_P, CHANNELS_LAST)
+            tl.store(mask_ptr + bytes_at, bits, mask=bytes_valid)
+
+
+@triton.jit
+def backward_kernel(
+    dy_ptr,  # [N, C, P] dense
+    x_ptr,  # [N, C, P]
+    residual_ptr,  # [N, C, P] dense, or None
+    mask_ptr,  # bit mask of the gate, or None
+    dx_ptr,  # [N, C, P] dense, or None
+    dresidual_ptr,  # [N, C, P] dense, or None
+    mean_ptr,  # [C]
+    rstd_ptr,  # [C]
+    weight_ptr,  # [C] or None
+    bias_ptr,  # [C] or None
+    dweight_ptr,  # [C] out, or None
+    dbias_ptr,  # [C] out, or None
+    N,
+    C,
+    P,
+    xs_n,
+    xs_c,
+    xs_p,
+    GRADIENT: tl.constexpr,
+    GATE: tl.constexpr,
+    GATED: tl.constexpr,
+    ACT_ARGS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    VEC: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+):
+    """All gradients of one channel block; x and g = dy * act' stay in registers, in the dtype of x."""
+    ACC: tl.constexpr = rstd_ptr.dtype.element_ty
+    C, P = tile.hint_fast_axis(C, P, VEC, CHANNELS_LAST)
+    c0 = tl.program_id(0) * BLOCK_C
+    c = c0 + tl.arange(0, BLOCK_C)
+    mean = tl.load(mean_ptr + c, mask=c < C, other=0.0)
+    rstd = tl.load(rstd_ptr + c, mask=c < C, other=0.0)
+    scale, shift = epilogue.affine_parameters(c, C, rstd, weight_ptr, bias_ptr)
+    xs = ()
+    gs = ()
+    sum_g = tl.zeros([BLOCK_C], ACC)
+    sum_gx = tl.zeros([BLOCK_C], ACC)
+    for chunk in tl.static_range(CHUNKS):
+        n, p, column, _ = tile.chunk_index(chunk, N, P, BLOCK_N, BLOCK_P)
+        valid = (c < C)[:, None] & column[None, :]
+        dense = tile.dense_offsets(c, n, p, C, P, CHANNELS_LAST)
+        at = tile.input_offsets(c, n, p, dense, xs_n, xs_c, xs_p)
+        raw = tl.load(x_ptr + at, mask=valid, other=0.0)
+        x = raw.to(ACC)
+        g = tl.load(dy_ptr + dense, mask=valid, other=0.0).to(ACC)
+        if mask_ptr is not None:
+            bytes_at, bytes_valid = tile.bit_offsets(
+                c0, chunk, N, C, P, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST
+            )
+            bits = tl.load(mask_ptr + bytes_at, mask=bytes_valid, other=0)
+            gate = tile.unpack_bits(bits, BLOCK_C, BLOCK_N * BLOCK_P, CHANNELS_LAST)
+            g = GATED(gate, g, *ACT_ARGS)
+        elif GRADIENT is not None or GATE is not None:
+            residual = None
+            if residual_ptr is not None:
+                residual = tl.load(residual_ptr + dense, mask=valid, other=0.0).to(ACC)
+            v = epilogue.pre_activation(x, residual, mean, scale, shift)
+            g = epilogue.activation_gradient(v, g, GRADIENT, GATE, GATED, ACT_ARGS)
+        if dresidual_ptr is not None:
+            tl.store(dresidual_ptr + dense, g.to(dresidual_ptr.dtype.element_ty), mask=valid)
+        g = tl.where(valid, g, 0.0)
+        sum_g += tl.sum(g, 1)
+        sum_gx += tl.sum(g * (x - mean[:, None]), 1)
+        xs = xs + (raw,)
+        gs = gs + (g,)
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + c, sum_g.to(dbias_ptr.dtype.element_ty), mask=c < C)
+    if dweight_ptr is not None:
+        tl.store(dweight_ptr + c, (sum_gx * rstd).to(dweight_ptr.dtype.element_ty), mask=c < C)
+    if dx_ptr is not None:
+        count = tl.cast(N, ACC) * tl.cast(P, ACC)
+        mean_g = sum_g / count
+        slope = sum_gx / count * rstd * rstd
+        for chunk in tl.static_range(CHUNKS):
+            n, p, column, _ = tile.chunk_index(chunk, N, P, BLOCK_N, BLOCK_P)
+            valid = (c < C)[:, None] & column[None, :]
+            dense = tile.dense_offsets(c, n, p, C, P, CHANNELS_LAST)
+            x = xs[chunk].to(ACC)
+            dx = (gs[chunk] - mean_g[:, None] - (x - mean[:, None]) * slope[:, None]) * scale[:, None]
+            tl.store(dx_ptr + dense, dx.to(dx_ptr.dtype.element_ty), mask=valid)
+
+
+def tensors_kept(problem: Problem) -> float:
+    """32-bit registers that one element of the problem occupies in a resident program."""
+    own = problem.dtype.itemsize / 4
+    if problem.direction == "forward":
+        return own
+    return own + problem.accumulator.itemsize / 4
+
+
+class Resident:
+    """One program holds every value of a channel block."""
+
+    name = "resident"
+
+    def supports(self, problem: Problem, device: Device) -> str | None:
+        if not problem.batch_statistics:
+            return "the statistics are given"
+        if not problem.sums:
+            return "nothing is summed, so nothing needs to stay"
+        if self._fitting(problem, device) is None:
+            return "a channel does not fit the registers of one program"
+        return None
+
+    def heuristic(self, problem: Problem, device: Device) -> Config:
+        config = self._fitting(problem, device)
+        if config is None:
+            raise ValueError(f"problem: does not fit: {problem}")
+        return config
+
+    def configs(self, problem: Problem, device: Device) -> list[Config]:
+        found = [self.heuristic(problem, device)]
+        for max_block_c in (8, 16, 32) if problem.view.channels_last else ():
+            config = self._fitting(problem, device, max_block_c)
+            found += [config] if config else []
+        return list(dict.fromkeys(found))
+
+    def model_bytes(self, problem: Problem, config: Config) -> int:
+        return minimum_bytes(problem)
+
+    def _fitting(self, problem: Problem, device: Device, max_block_c: int = 16) -> Config | None:
+        """The smallest program that holds a channel block, or None.
+
+        Channels last takes 16 channels: 32 bytes of 16-bit data, the sector that DRAM moves.
+        """
+        view = problem.view
+        bits = 8 if problem.mask else 1
+        if view.channels_last:
+            block_c = max(bits, min(max_block_c, triton.next_power_of_2(view.c)))
+            block_n, block_p = 1, power_of_two_blocks(view.p, 4096 // block_c, 16)
+        else:
+            block_c = 1
+            block_p = max(bits, power_of_two_blocks(view.p, 4096, min(64, triton.next_power_of_2(view.p))))
+            block_n = min(triton.next_power_of_2(view.n), 4096 // block_p)
+        config = Config(block_c, block_n, block_p)
+        registers = config.chunks(problem) * config.tile * tensors_kept(problem)
+        warps = triton.next_power_of_2(triton.cdiv(int(registers), device.warp * PAYLOAD_REGISTERS))
+        if warps > MAX_WARPS:
+            return None
+        return Config(block_c, block_n, block_p, num_warps=max(4, warps))
+
+    def forward(self, problem: Problem, config: Config, a: ForwardArguments) -> None:
+        view = problem.view
+        cumulative = advance_counter(a)
+        launch(
+            forward_kernel,
+            (config.channel_blocks(problem),),
+            a.x,
+            *(a.x, a.y, a.residual, a.mask, a.mean, a.rstd, a.weight, a.bias),
+            *(a.running_mean, a.running_var, a.counter),
+            *(view.n, view.c, view.p, *x_strides(problem)),
+            *(a.eps, 0.0 if a.momentum is None else a.momentum),
+            CUMULATIVE=cumulative,
+            **a.epilogue.forward(),
+            CHUNKS=config.chunks(problem),
+            **config.geometry(problem),
+            num_warps=config.num_warps,
+        )
+
+    def backward(self, problem: Problem, config: Config, a: BackwardArguments) -> None:
+        view = problem.view
+        launch(
+            backward_kernel,
+            (config.channel_blocks(problem),),
+            a.x,
+            *(a.dy, a.x, a.residual, a.mask, a.dx, a.dresidual, a.mean, a.rstd, a.weight, a.bias),
+            *(a.dweight, a.dbias, view.n, view.c, view.p, *x_strides(problem)),
+            **a.epilogue.backward(),
+            CHUNKS=config.chunks(problem),
+            **config.geometry(problem),
+            num_warps=config.num_warps,
+        )

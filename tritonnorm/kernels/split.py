@@ -1,0 +1,189 @@
+"""Any size, any channel count: a channel is shared by as many programs as fill the device.
+
+Forward: partial moments per split -> combine -> apply; x is read twice and y written once (3S). Backward:
+partial sums -> combine -> gradients; x and dy are read twice and dx written once (5S). The second pass
+walks in reverse, so what still lies in the L2 cache is not read from DRAM again. Everything is combined in
+a fixed order, without atomics: the same plan gives the same bits.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..device import Device
+from ..problem import Problem, minimum_bytes
+from . import _moments as moments
+from . import _tile as tile
+from .affine import (
+    PROGRAMS_PER_SM,
+    launch_apply,
+    launch_combine_sums,
+    launch_gradient,
+    partial_sums,
+    splits_for,
+    streaming_candidates,
+    streaming_config,
+)
+from .base import (
+    BackwardArguments,
+    Config,
+    ForwardArguments,
+    advance_counter,
+    launch,
+    x_strides,
+)
+
+
+@triton.jit
+def moments_kernel(
+    x_ptr,  # [N, C, P]
+    partial_ptr,  # [3, SPLITS, C] out: count, mean, centred second moment
+    N,
+    C,
+    P,
+    xs_n,
+    xs_c,
+    xs_p,
+    PER_SPLIT,  # chunks of a split
+    CHUNKS,  # chunks of a channel
+    VEC: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+):
+    """Moments of one chunk range of one channel block."""
+    ACC: tl.constexpr = partial_ptr.dtype.element_ty
+    C, P = tile.hint_fast_axis(C, P, VEC, CHANNELS_LAST)
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    count = tl.zeros([], ACC)
+    mean = tl.zeros([BLOCK_C], ACC)
+    m2 = tl.zeros([BLOCK_C], ACC)
+    first = tl.program_id(1) * PER_SPLIT
+    last = tl.minimum(first + PER_SPLIT, CHUNKS)
+    for chunk in range(first, last):
+        n, p, column, size = tile.chunk_index(chunk, N, P, BLOCK_N, BLOCK_P)
+        valid = (c < C)[:, None] & column[None, :]
+        dense = tile.dense_offsets(c, n, p, C, P, CHANNELS_LAST)
+        at = tile.input_offsets(c, n, p, dense, xs_n, xs_c, xs_p)
+        x = tl.load(x_ptr + at, mask=valid, other=0.0).to(ACC)
+        tile_count = size.to(ACC)
+        tile_mean, tile_m2 = moments.tile_moments(x, valid, tile_count)
+        count, mean, m2 = moments.merge_moments(count, mean, m2, tile_count, tile_mean, tile_m2)
+    plane = tl.num_programs(1).to(tl.int64) * C
+    row = partial_ptr + tl.program_id(1).to(tl.int64) * C + c
+    tl.store(row, tl.zeros([BLOCK_C], ACC) + count, mask=c < C)
+    tl.store(row + plane, mean, mask=c < C)
+    tl.store(row + 2 * plane, m2, mask=c < C)
+
+
+@triton.jit
+def combine_moments_kernel(
+    partial_ptr,  # [3, SPLITS, C]
+    mean_ptr,  # [C] out
+    rstd_ptr,  # [C] out
+    running_mean_ptr,  # [C] or None
+    running_var_ptr,  # [C] or None
+    counter_ptr,  # [] int64 or None
+    C,
+    SPLITS,
+    eps: tl.float64,
+    momentum: tl.float64,
+    CUMULATIVE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Merge the moments of all splits (all means first, then all deviations), finish the statistics."""
+    ACC: tl.constexpr = mean_ptr.dtype.element_ty
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    plane = tl.cast(SPLITS, tl.int64) * C
+    count = tl.zeros([BLOCK_C], ACC)
+    mean = tl.zeros([BLOCK_C], ACC)
+    m2 = tl.zeros([BLOCK_C], ACC)
+    for s0 in range(0, SPLITS, BLOCK_S):
+        s = s0 + tl.arange(0, BLOCK_S)
+        valid = (s < SPLITS)[:, None] & (c < C)[None, :]
+        at = partial_ptr + s.to(tl.int64)[:, None] * C + c[None, :]
+        block_count = tl.load(at, mask=valid, other=0.0)
+        block_mean = tl.load(at + plane, mask=valid, other=0.0)
+        block_m2 = tl.load(at + 2 * plane, mask=valid, other=0.0)
+        total = tl.maximum(tl.sum(block_count, 0), 1.0)
+        centre = tl.sum(block_count * block_mean, 0) / total
+        delta = tl.where(valid, block_mean - centre[None, :], 0.0)
+        spread = tl.sum(block_m2 + block_count * delta * delta, 0)
+        count, mean, m2 = moments.merge_moments(count, mean, m2, total, centre, spread)
+    rstd = 1.0 / tl.sqrt(m2 / count + tl.full([], eps, ACC))
+    moments.store_statistics(
+        c, mean, m2, rstd, count, C, mean_ptr, rstd_ptr,
+        running_mean_ptr, running_var_ptr, counter_ptr, momentum, CUMULATIVE,
+    )  # fmt: skip
+
+
+class Split:
+    """Two streaming passes with a small combine between them; three launches each way."""
+
+    name = "split"
+
+    def supports(self, problem: Problem, device: Device) -> str | None:
+        return None if problem.batch_statistics else "the statistics are given"
+
+    def heuristic(self, problem: Problem, device: Device) -> Config:
+        return streaming_config(problem, device, PROGRAMS_PER_SM)
+
+    def configs(self, problem: Problem, device: Device) -> list[Config]:
+        return streaming_candidates(problem, device, self.heuristic(problem, device))
+
+    def model_bytes(self, problem: Problem, config: Config) -> int:
+        """One pass more over everything that the statistics or the sums depend on."""
+        if problem.direction == "forward":
+            return minimum_bytes(problem) + problem.bytes
+        reads = (2 + problem.reads_residual) * problem.bytes + problem.mask * problem.view.mask_bytes
+        if not problem.needs_dx and not problem.needs_dresidual:
+            return reads
+        second = minimum_bytes(problem)
+        if not problem.needs_dx and (problem.activity == "none" or problem.mask):
+            second -= problem.bytes  # writing dresidual alone does not read x again
+        return reads + second
+
+    def forward(self, problem: Problem, config: Config, a: ForwardArguments) -> None:
+        assert a.mean is not None and a.rstd is not None
+        view = problem.view
+        splits, per_split, chunks = splits_for(config, problem)
+        partial = a.mean.new_empty((3, splits, view.c))
+        launch(
+            moments_kernel,
+            (config.channel_blocks(problem), splits),
+            a.x,
+            *(a.x, partial, view.n, view.c, view.p, *x_strides(problem), per_split, chunks),
+            **config.geometry(problem),
+            num_warps=config.num_warps,
+        )
+        launch_combine_moments(problem, a, partial)
+        launch_apply(problem, config, a, a.mean, a.rstd, from_variance=False)
+
+    def backward(self, problem: Problem, config: Config, a: BackwardArguments) -> None:
+        sums: torch.Tensor | None = None
+        if problem.sums:
+            partial = partial_sums(problem, config, a.rstd)
+            launch_gradient(problem, config, a, partial, None, write=False)
+            sums = a.rstd.new_empty((2, problem.view.c)) if problem.needs_dx else None
+            launch_combine_sums(problem, a, partial, sums)
+        if problem.needs_dx or problem.needs_dresidual:
+            launch_gradient(problem, config, a, None, sums, write=True)
+
+
+def launch_combine_moments(problem: Problem, a: ForwardArguments, partial: torch.Tensor) -> None:
+    """Launch `combine_moments_kernel` over partial moments ``[3, SPLITS, C]``."""
+    cumulative = advance_counter(a)
+    block_c = min(64, triton.next_power_of_2(problem.view.c))
+    launch(
+        combine_moments_kernel,
+        (triton.cdiv(problem.view.c, block_c),),
+        a.x,
+        *(partial, a.mean, a.rstd, a.running_mean, a.running_var, a.counter),
+        *(problem.view.c, partial.shape[1], a.eps, 0.0 if a.momentum is None else a.momentum),
+        CUMULATIVE=cumulative,
+        BLOCK_C=block_c,
+        BLOCK_S=32,
+        num_warps=4,
+    )

@@ -1,0 +1,427 @@
+"""The operators: schema, fake, autograd, and the execution of a plan.
+
+Three operators carry everything: `batch_norm_training`, `batch_norm_inference` and `batch_norm_backward`
+in the namespace ``tritonnorm``. They are defined with `torch.library.Library.define`, the form that costs
+least per call, and pass through torch.compile as they are. Their implementations allocate the outputs,
+describe the problem, ask for a plan and run it. Arguments are checked above, in `functional`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .activation import ACTIVATIONS
+from .device import Device
+from .kernels.base import BackwardArguments, EpilogueArguments, ForwardArguments
+from .plan import plan
+from .problem import Activity, Problem, View
+
+_library = torch.library.Library("tritonnorm", "DEF")
+_tags = (torch.Tag.pt2_compliant_tag,)
+_library.define(
+    "batch_norm_training(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, "
+    "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, "
+    "float? momentum, float eps, str activation, float[] activation_args, bool save_mask) "
+    "-> (Tensor output, Tensor mean, Tensor rstd, Tensor mask)",
+    tags=_tags,
+)
+_library.define(
+    "batch_norm_inference(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, "
+    "Tensor running_mean, Tensor running_var, "
+    "float eps, str activation, float[] activation_args, bool save_statistics, bool save_mask) "
+    "-> (Tensor output, Tensor mean, Tensor rstd, Tensor mask)",
+    tags=_tags,
+)
+_library.define(
+    "batch_norm_backward(Tensor grad, Tensor input, Tensor? residual, Tensor? mask, Tensor? weight, "
+    "Tensor? bias, Tensor mean, Tensor rstd, bool batch_statistics, str activation, "
+    "float[] activation_args, bool[] needs) "
+    "-> (Tensor dinput, Tensor dresidual, Tensor dweight, Tensor dbias)",
+    tags=_tags,
+)
+
+
+def activity(activation: str) -> Activity:
+    """The kind of an activation by name; "" is none."""
+    if not activation:
+        return "none"
+    return "two_valued" if ACTIVATIONS[activation].two_valued else "smooth"
+
+
+@lru_cache(maxsize=4096)
+def _layout(sizes: tuple[int, ...], strides: tuple[int, ...]) -> tuple[View | None, tuple[int, ...]]:
+    """The view of a tensor (None if it has none), and the strides of its dense twin."""
+    return _view(sizes, strides)
+
+
+def _view(sizes: Any, strides: Any) -> tuple[View | None, Any]:
+    tensor = torch.empty_strided(sizes, strides, device="meta")
+    dense = torch.empty_like(tensor).stride()
+    return View.of(sizes, strides, dense), dense
+
+
+def _located(x: Tensor) -> tuple[Tensor, View, tuple[int, ...]]:
+    """The tensor, or a dense copy where its strides have no view; its view; the strides of a dense twin."""
+    view, dense = _layout(tuple(x.shape), x.stride())
+    if view is None:
+        x = torch.empty_like(x).copy_(x)
+        view, dense = _layout(tuple(x.shape), x.stride())
+        assert view is not None
+    return x, view, dense
+
+
+def _like_dense(t: Tensor, dense: tuple[int, ...]) -> Tensor:
+    """``t`` in the given dense strides; those of dimensions of size 1 do not matter."""
+    if t.stride() == dense:
+        return t
+    for size, own, wanted in zip(t.shape, t.stride(), dense, strict=True):
+        if size > 1 and own != wanted:
+            return torch.empty_strided(t.shape, dense, dtype=t.dtype, device=t.device).copy_(t)
+    return t
+
+
+def _vector(t: Tensor | None) -> Tensor | None:
+    return t if t is None or t.is_contiguous() else t.contiguous()
+
+
+def _forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    counter: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    activation: str,
+    activation_args: Sequence[float],
+    batch_statistics: bool,
+    save_statistics: bool,
+    save_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y = torch.empty_like(x)
+    x, view, dense = _located(x)
+    problem = Problem(
+        "forward",
+        batch_statistics,
+        view,
+        x.dtype,
+        activity(activation),
+        residual is not None,
+        save_mask,
+    )
+    mean, rstd, mask = _saved(x, problem, save_statistics)
+    chosen = plan(problem, Device.of(x.device))
+    chosen.runs.forward(
+        problem,
+        chosen.config,
+        ForwardArguments(
+            x=x,
+            y=y,
+            mean=mean if save_statistics else None,
+            rstd=rstd if save_statistics else None,
+            residual=None if residual is None else _like_dense(residual, dense),
+            mask=mask if save_mask else None,
+            weight=_vector(weight),
+            bias=_vector(bias),
+            running_mean=running_mean,
+            running_var=running_var,
+            counter=counter,
+            momentum=momentum,
+            eps=eps,
+            epilogue=EpilogueArguments.named(activation, activation_args),
+        ),
+    )
+    return y, mean, rstd, mask
+
+
+def _saved(x: Tensor, problem: Problem, statistics: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Unwritten mean, rstd and mask; empty where they are not asked for."""
+    c = problem.view.c if statistics else 0
+    mean = x.new_empty(c, dtype=problem.accumulator)
+    mask = x.new_empty(problem.view.mask_bytes if problem.mask else 0, dtype=torch.uint8)
+    return mean, torch.empty_like(mean), mask
+
+
+def _training(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    activation: str,
+    activation_args: Sequence[float],
+    save_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    for t in (running_mean, running_var, num_batches_tracked):
+        if t is not None:
+            torch.autograd.graph.increment_version(t)
+    return _forward(
+        input, residual, weight, bias, running_mean, running_var, num_batches_tracked,
+        momentum, eps, activation, activation_args, True, True, save_mask,
+    )  # fmt: skip
+
+
+def _inference(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    activation: str,
+    activation_args: Sequence[float],
+    save_statistics: bool,
+    save_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _forward(
+        input, residual, weight, bias, _vector(running_mean), _vector(running_var), None,
+        0.0, eps, activation, activation_args, False, save_statistics, save_mask,
+    )  # fmt: skip
+
+
+def _backward(
+    grad: Tensor,
+    input: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    batch_statistics: bool,
+    activation: str,
+    activation_args: Sequence[float],
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``needs``: which of dinput, dresidual, dweight, dbias to compute; the others come back empty."""
+    x, view, dense = _located(input)
+    problem = Problem(
+        "backward",
+        batch_statistics,
+        view,
+        x.dtype,
+        activity(activation),
+        residual is not None or mask is not None,
+        mask is not None,
+        needs[0],
+        needs[1],
+        needs[2] or needs[3],
+    )
+    outputs = _gradients(input, weight, bias, needs)
+    dx, dresidual, dweight, dbias = (t if n else None for t, n in zip(outputs, needs, strict=True))
+    chosen = plan(problem, Device.of(x.device))
+    chosen.runs.backward(
+        problem,
+        chosen.config,
+        BackwardArguments(
+            dy=_like_dense(grad, dense),
+            x=x,
+            mean=mean,
+            rstd=rstd,
+            residual=None if residual is None else _like_dense(residual, dense),
+            mask=mask,
+            weight=_vector(weight),
+            bias=_vector(bias),
+            dx=dx,
+            dresidual=dresidual,
+            dweight=dweight,
+            dbias=dbias,
+            epilogue=EpilogueArguments.named(activation, activation_args),
+        ),
+    )
+    return outputs
+
+
+def _gradients(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        torch.empty_like(x) if needs[0] else x.new_empty(0),
+        torch.empty_like(x) if needs[1] else x.new_empty(0),
+        torch.empty_like(weight) if needs[2] and weight is not None else x.new_empty(0),
+        torch.empty_like(bias) if needs[3] and bias is not None else x.new_empty(0),
+    )
+
+
+def _fake_forward(x: Tensor, statistics: bool, save_mask: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y = torch.empty_like(x)
+    view, _ = _view(y.shape, y.stride())
+    assert view is not None
+    problem = Problem("forward", True, view, x.dtype, mask=save_mask)
+    return y, *_saved(x, problem, statistics)
+
+
+for _name, _implementation in (
+    ("batch_norm_training", _training),
+    ("batch_norm_inference", _inference),
+    ("batch_norm_backward", _backward),
+):
+    for _key in ("CUDA", "CPU"):
+        _library.impl(_name, _implementation, _key)
+
+
+@torch.library.register_fake("tritonnorm::batch_norm_training", lib=_library)
+def _(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _fake_forward(input, True, args[-1])
+
+
+@torch.library.register_fake("tritonnorm::batch_norm_inference", lib=_library)
+def _(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _fake_forward(input, args[-2], args[-1])
+
+
+@torch.library.register_fake("tritonnorm::batch_norm_backward", lib=_library)
+def _(grad: Tensor, input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    weight, bias, needs = args[2], args[3], args[-1]
+    return _gradients(input, weight, bias, needs)
+
+
+class BatchNormFunction(torch.autograd.Function):
+    """Gradients for the two forward operators; a second derivative goes through plain PyTorch."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        counter: Tensor | None,
+        batch_statistics: bool,
+        momentum: float | None,
+        eps: float,
+        activation: str,
+        activation_args: tuple[float, ...],
+    ) -> Tensor:
+        save_mask = residual is not None and activity(activation) == "two_valued"
+        ops = torch.ops.tritonnorm
+        if batch_statistics:
+            y, mean, rstd, mask = ops.batch_norm_training.default(
+                x, residual, weight, bias, running_mean, running_var, counter,
+                momentum, eps, activation, activation_args, save_mask,
+            )  # fmt: skip
+        else:
+            y, mean, rstd, mask = ops.batch_norm_inference.default(
+                x, residual, weight, bias, running_mean, running_var,
+                eps, activation, activation_args, True, save_mask,
+            )  # fmt: skip
+        kept = residual if residual is not None and activity(activation) == "smooth" else None
+        ctx.save_for_backward(x, kept, mask if save_mask else None, weight, bias, mean, rstd)
+        ctx.options = (batch_statistics, activation, activation_args)
+        ctx.eps = eps
+        ctx.has_residual = residual is not None
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, residual, mask, weight, bias, mean, rstd = ctx.saved_tensors
+        batch_statistics, activation, activation_args = ctx.options
+        needs = [
+            ctx.needs_input_grad[0],
+            ctx.needs_input_grad[1],
+            weight is not None and ctx.needs_input_grad[2],
+            bias is not None and ctx.needs_input_grad[3],
+        ]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            found = _differentiable_backward(ctx, grads[0], needs)
+        else:
+            found = torch.ops.tritonnorm.batch_norm_backward.default(
+                grads[0], x, residual, mask, weight, bias, mean, rstd,
+                batch_statistics, activation, activation_args, needs,
+            )  # fmt: skip
+        gradients = [g if needed else None for g, needed in zip(found, needs, strict=True)]
+        return (*gradients, *(None,) * 8)
+
+
+def _differentiable_backward(
+    ctx: Any, dy: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """The backward as PyTorch operations on the saved tensors, so that it has derivatives itself."""
+    x, residual, mask, weight, bias, mean, rstd = ctx.saved_tensors
+    batch_statistics, activation, activation_args = ctx.options
+    wide = torch.promote_types(x.dtype, mean.dtype)
+    x_, dy_, residual_, weight_, bias_ = (
+        None if t is None else t.to(wide) for t in (x, dy, residual, weight, bias)
+    )
+    if batch_statistics:
+        mean, var = reference.statistics(x_)
+    else:
+        var = rstd.square().reciprocal() - ctx.eps
+    v = reference.pre_activation(x_, mean, var, weight_, bias_, residual_, ctx.eps)
+    if mask is not None:
+        slopes = ACTIVATIONS[activation].slopes
+        assert slopes is not None
+        through, shut = slopes(*activation_args)
+        g = torch.where(unpack_mask(mask, x), dy_ * through, dy_ * shut)
+    elif activation:
+        y = ACTIVATIONS[activation].function(v, *activation_args)
+        (g,) = torch.autograd.grad(y, v, dy_, create_graph=True)
+    else:
+        g = dy_
+    wanted = [
+        t for t, n in zip((x, weight, bias), (needs[0], needs[2], needs[3]), strict=True) if n
+    ]
+    found = iter(torch.autograd.grad(v, wanted, g, create_graph=True) if wanted else ())
+    dx = next(found) if needs[0] else None
+    dweight = next(found) if needs[2] else None
+    dbias = next(found) if needs[3] else None
+    return dx, g.to(x.dtype) if needs[1] else None, dweight, dbias
+
+
+def unpack_mask(mask: Tensor, x: Tensor) -> Tensor:
+    """The bits of a mask as a boolean tensor of the shape of ``x``."""
+    _, view, dense = _located(x)
+    rows = mask.reshape(-1, -(-view.fast // 8))
+    bits = (rows[:, :, None] >> torch.arange(8, device=mask.device)) & 1
+    in_memory_order = bits.reshape(rows.shape[0], -1)[:, : view.fast].reshape(-1).bool()
+    return in_memory_order.as_strided(x.shape, dense)
+
+
+def batch_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    counter: Tensor | None,
+    batch_statistics: bool,
+    momentum: float | None,
+    eps: float,
+    activation: str,
+    activation_args: tuple[float, ...],
+) -> Tensor:
+    """The operator that the call needs: with autograd if a gradient can be asked for, else without."""
+    differentiable = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, residual, weight, bias)
+    )
+    if differentiable:
+        return BatchNormFunction.apply(
+            x, residual, weight, bias, running_mean, running_var, counter,
+            batch_statistics, momentum, eps, activation, activation_args,
+        )  # fmt: skip
+    ops = torch.ops.tritonnorm
+    if batch_statistics:
+        return ops.batch_norm_training.default(
+            x, residual, weight, bias, running_mean, running_var, counter,
+            momentum, eps, activation, activation_args, False,
+        )[0]  # fmt: skip
+    return ops.batch_norm_inference.default(
+        x, residual, weight, bias, running_mean, running_var,
+        eps, activation, activation_args, False, False,
+    )[0]  # fmt: skip

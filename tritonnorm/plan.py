@@ -1,0 +1,182 @@
+"""Which algorithm computes a problem, in which configuration, and why.
+
+`choose` is pure: the same problem, device and tables give the same plan, without a GPU too. `plan` is its
+cached wrapper that the ops call. The order of authority: forced > tables (in the order given: the user's
+cache, the shipped table of this GPU, the nearest entry of its architecture) > formula. Nothing is timed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
+
+from .device import Device
+from .kernels import ALGORITHMS, BY_NAME
+from .kernels.base import Algorithm, Config
+from .problem import Problem, minimum_bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An algorithm, its configuration, and what decided ("forced", a table's name, or "formula")."""
+
+    algorithm: str
+    config: Config
+    source: str
+
+    @property
+    def runs(self) -> Algorithm:
+        """The algorithm itself."""
+        return BY_NAME[self.algorithm]
+
+
+class Table(Protocol):
+    """Tuned results: what a user cache or a shipped table must answer."""
+
+    name: str
+
+    def lookup(self, problem: Problem, device: Device) -> tuple[str, Config] | None:
+        """Algorithm and configuration for a problem, or None."""
+
+
+@dataclass(frozen=True)
+class Forced:
+    """A decision made by hand: an algorithm, and optionally its configuration."""
+
+    algorithm: str
+    config: Config | None = None
+
+
+def choose(
+    problem: Problem,
+    device: Device,
+    tables: Sequence[Table] = (),
+    forced: Forced | None = None,
+) -> Plan:
+    """Choose how to compute a problem on a device.
+
+    Args:
+        problem: what to compute.
+        device: where; any description will do, no GPU is needed.
+        tables: tuned results, the most trusted first.
+        forced: a decision that overrules them, where it can compute the problem.
+
+    Raises:
+        ValueError: ``forced.algorithm`` is not an algorithm.
+    """
+    if forced is not None:
+        if forced.algorithm not in BY_NAME:
+            raise ValueError(
+                f"algorithm: expected one of {', '.join(BY_NAME)}; got {forced.algorithm!r}"
+            )
+        algorithm = BY_NAME[forced.algorithm]
+        if algorithm.supports(problem, device) is None:
+            config = forced.config or algorithm.heuristic(problem, device)
+            return Plan(algorithm.name, config, "forced")
+    for table in tables:
+        found = table.lookup(problem, device)
+        if found is not None and BY_NAME[found[0]].supports(problem, device) is None:
+            return Plan(*found, table.name)
+    for algorithm in ALGORITHMS:
+        if algorithm.supports(problem, device) is None:
+            return Plan(algorithm.name, algorithm.heuristic(problem, device), "formula")
+    raise ValueError(f"problem: no algorithm supports {problem}")
+
+
+_forced: Forced | None = None
+
+
+@contextlib.contextmanager
+def force_plan(algorithm: str, config: Config | None = None) -> Iterator[None]:
+    """Within the context every problem that ``algorithm`` supports is computed by it.
+
+    Args:
+        algorithm: "resident", "split" or "affine".
+        config: its configuration; the formula's if None.
+
+    Raises:
+        ValueError: the algorithm is unknown.
+    """
+    global _forced
+    if algorithm not in BY_NAME:
+        raise ValueError(f"algorithm: expected one of {', '.join(BY_NAME)}; got {algorithm!r}")
+    before, _forced = _forced, Forced(algorithm, config)
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def plan(problem: Problem, device: Device) -> Plan:
+    """`choose`, remembered, with what is forced at the moment."""
+    return _remembered(problem, device, _forced)
+
+
+@lru_cache(maxsize=16384)
+def _remembered(problem: Problem, device: Device, forced: Forced | None) -> Plan:
+    return choose(problem, device, (), forced)
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """One algorithm's answer to a problem: why not, or how and at what cost."""
+
+    algorithm: str
+    reason: str | None
+    config: Config | None
+    bytes: int | None
+    microseconds: float | None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A plan and its alternatives; ``str()`` of it is a table.
+
+    Attributes:
+        plan: what `choose` answers.
+        minimum: fewest bytes of the problem (`minimum_bytes`).
+        alternatives: one row per algorithm; predicted time is bytes over the device's bandwidth.
+    """
+
+    problem: Problem
+    device: Device
+    plan: Plan
+    minimum: int
+    alternatives: tuple[Alternative, ...]
+
+    def __str__(self) -> str:
+        view, config = self.problem.view, self.plan.config
+        order = "[P, C]" if view.channels_last else "[N, C, P]"
+        lines = [
+            f"{self.problem.direction} of N={view.n} C={view.c} P={view.p} in order {order}, "
+            f"{str(self.problem.dtype).removeprefix('torch.')}, on {self.device.name}",
+            f"-> {self.plan.algorithm} ({self.plan.source}), {config}",
+            f"   fewest bytes {self.minimum:,}",
+        ]
+        for a in self.alternatives:
+            if a.bytes is None:
+                lines.append(f"   {a.algorithm:<10} no: {a.reason}")
+            else:
+                time = f", {a.microseconds:.1f} us at full bandwidth" if a.microseconds else ""
+                ratio = a.bytes / self.minimum
+                lines.append(f"   {a.algorithm:<10} {a.bytes:,} bytes, {ratio:.2f}x the fewest{time}")
+        return "\n".join(lines)
+
+
+def explain(problem: Problem, device: Device, forced: Forced | None = None) -> Explanation:
+    """Say which algorithm computes a problem, who decided, and what the others would cost."""
+    rows = []
+    for algorithm in ALGORITHMS:
+        reason = algorithm.supports(problem, device)
+        if reason is not None:
+            rows.append(Alternative(algorithm.name, reason, None, None, None))
+            continue
+        config = algorithm.heuristic(problem, device)
+        moved = algorithm.model_bytes(problem, config)
+        time = moved / device.bandwidth * 1e6 if device.bandwidth else None
+        rows.append(Alternative(algorithm.name, None, config, moved, time))
+    chosen = choose(problem, device, (), forced)
+    return Explanation(problem, device, chosen, minimum_bytes(problem), tuple(rows))

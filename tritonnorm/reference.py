@@ -1,0 +1,151 @@
+"""The specification: batch norm forward and backward in plain PyTorch, in float64 unless told otherwise.
+
+The kernels are held to these functions. They are written to be read, not to be fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .activation import apply, resolve
+
+
+@dataclass(frozen=True)
+class Forward:
+    """Result of `forward`: the output, and the statistics it was normalized with (``var`` is biased)."""
+
+    y: Tensor
+    mean: Tensor
+    var: Tensor
+
+
+@dataclass(frozen=True)
+class Backward:
+    """Result of `backward`: gradients with respect to input, residual, weight and bias."""
+
+    dx: Tensor
+    dresidual: Tensor
+    dweight: Tensor
+    dbias: Tensor
+
+
+def channels(v: Tensor, like: Tensor) -> Tensor:
+    """Reshape a ``[C]`` vector to broadcast over ``like`` of shape ``[N, C, ...]``."""
+    return v.reshape(1, -1, *(1,) * (like.dim() - 2))
+
+
+def _positions(x: Tensor) -> list[int]:
+    return [d for d in range(x.dim()) if d != 1]
+
+
+def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel of ``x [N, C, ...]``, in two passes."""
+    mean = x.mean(_positions(x))
+    return mean, (x - channels(mean, x)).square().mean(_positions(x))
+
+
+def pre_activation(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """``(x - mean) / sqrt(var + eps) * weight + bias + residual``, differentiable in all of them."""
+    v = (x - channels(mean, x)) * channels(torch.rsqrt(var + eps), x)
+    if weight is not None:
+        v = v * channels(weight, x)
+    if bias is not None:
+        v = v + channels(bias, x)
+    return v if residual is None else v + residual
+
+
+def forward(
+    x: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    eps: float = 1e-5,
+    activation: str | None = None,
+    activation_args: Sequence[float] = (),
+    residual: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Forward:
+    """Batch norm of ``x [N, C, ...]``; statistics of the batch if training, else the running ones.
+
+    Ioffe and Szegedy, "Batch Normalization", 2015, algorithms 1 and 2. Nothing is changed in place.
+    """
+    x = x.to(dtype)
+    if training:
+        mean, var = statistics(x)
+    else:
+        if running_mean is None or running_var is None:
+            raise ValueError("running_mean, running_var: must be given when training=False")
+        mean, var = running_mean.to(dtype), running_var.to(dtype)
+    cast = [None if t is None else t.to(dtype) for t in (weight, bias, residual)]
+    found, args = resolve(activation, activation_args)
+    return Forward(apply(found, args, pre_activation(x, mean, var, *cast, eps)), mean, var)
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = True,
+    eps: float = 1e-5,
+    activation: str | None = None,
+    activation_args: Sequence[float] = (),
+    residual: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Backward:
+    """Gradients of `forward` for the upstream gradient ``dy``; ``mean`` and ``var`` are those it used.
+
+    With g the gradient at the pre-activation, n values per channel and r = 1 / sqrt(var + eps):
+    dbias = sum g, dweight = r sum g (x - mean), and in training
+    dx = weight r (g - dbias / n - (x - mean) r dweight / n).
+    """
+    dy, x, mean, var = (t.to(dtype) for t in (dy, x, mean, var))
+    cast = [None if t is None else t.to(dtype) for t in (weight, bias, residual)]
+    found, args = resolve(activation, activation_args)
+    with torch.enable_grad():
+        v = pre_activation(x, mean, var, *cast, eps).detach().requires_grad_()
+        (g,) = torch.autograd.grad(apply(found, args, v), v, dy) if found else (dy,)
+    r = torch.rsqrt(var + eps)
+    centred = x - channels(mean, x)
+    dbias = g.sum(_positions(x))
+    dweight = (g * centred).sum(_positions(x)) * r
+    dx = g
+    if training:
+        n = x.numel() // x.shape[1]
+        dx = g - channels(dbias / n, x) - centred * channels(r * dweight / n, x)
+    scale = r if weight is None else r * weight.to(dtype)
+    return Backward(dx * channels(scale, x), g, dweight, dbias)
+
+
+def updated_running(
+    running: tuple[Tensor, Tensor],
+    mean: Tensor,
+    var: Tensor,
+    count: int,
+    momentum: float | None,
+    num_batches_tracked: int,
+) -> tuple[Tensor, Tensor]:
+    """Running mean and (unbiased) variance after a batch of ``count`` values per channel.
+
+    ``momentum`` None is the cumulative average over ``num_batches_tracked`` batches, this one included.
+    """
+    weight = 1.0 / num_batches_tracked if momentum is None else momentum
+    unbiased = var * (count / max(count - 1, 1))
+    old_mean, old_var = (t.to(mean.dtype) for t in running)
+    return old_mean + weight * (mean - old_mean), old_var + weight * (unbiased - old_var)
