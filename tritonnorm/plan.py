@@ -80,10 +80,15 @@ def choose(
         found = table.lookup(problem, device)
         if found is not None and BY_NAME[found[0]].supports(problem, device) is None:
             return Plan(*found, table.name)
-    for algorithm in ALGORITHMS:
-        if algorithm.supports(problem, device) is None:
-            return Plan(algorithm.name, algorithm.heuristic(problem, device), "formula")
-    raise ValueError(f"problem: no algorithm supports {problem}")
+    able = [
+        (algorithm, algorithm.heuristic(problem, device))
+        for algorithm in ALGORITHMS
+        if algorithm.supports(problem, device) is None
+    ]
+    if not able:
+        raise ValueError(f"problem: no algorithm supports {problem}")
+    algorithm, config = min(able, key=lambda pair: pair[0].predict(problem, pair[1], device))
+    return Plan(algorithm.name, config, "formula")
 
 
 _forced: Forced | None = None
@@ -138,7 +143,7 @@ class Explanation:
     Attributes:
         plan: what `choose` answers.
         minimum: fewest bytes of the problem (`minimum_bytes`).
-        alternatives: one row per algorithm; predicted time is bytes over the device's bandwidth.
+        alternatives: one row per algorithm, with the bytes it moves and the time predicted for it.
     """
 
     problem: Problem
@@ -160,9 +165,11 @@ class Explanation:
             if a.bytes is None:
                 lines.append(f"   {a.algorithm:<10} no: {a.reason}")
             else:
-                time = f", {a.microseconds:.1f} us at full bandwidth" if a.microseconds else ""
                 ratio = a.bytes / self.minimum
-                lines.append(f"   {a.algorithm:<10} {a.bytes:,} bytes, {ratio:.2f}x the fewest{time}")
+                lines.append(
+                    f"   {a.algorithm:<10} {a.bytes:,} bytes, {ratio:.2f}x the fewest, "
+                    f"{a.microseconds:.1f} us predicted"
+                )
         return "\n".join(lines)
 
 
@@ -176,7 +183,7 @@ def explain(problem: Problem, device: Device, forced: Forced | None = None) -> E
             continue
         config = algorithm.heuristic(problem, device)
         moved = algorithm.model_bytes(problem, config)
-        time = moved / device.bandwidth * 1e6 if device.bandwidth else None
-        rows.append(Alternative(algorithm.name, None, config, moved, time))
+        seconds = algorithm.predict(problem, config, device)
+        rows.append(Alternative(algorithm.name, None, config, moved, seconds * 1e6))
     chosen = choose(problem, device, (), forced)
     return Explanation(problem, device, chosen, minimum_bytes(problem), tuple(rows))

@@ -7,6 +7,6 @@ from .base import Algorithm
 from .resident import Resident
 from .split import Split
 
-#: In the order of preference of the formula: the first that supports a problem is taken.
+#: In the order of preference where two are predicted to take the same time.
 ALGORITHMS: tuple[Algorithm, ...] = (Resident(), Split(), Affine())
 BY_NAME: dict[str, Algorithm] = {a.name: a for a in ALGORITHMS}

@@ -1,7 +1,7 @@
 """Activations as pairs of device functions of the pre-activation v: the value, and the gradient g * f'(v).
 
-Each is defined as PyTorch defines it, at the boundaries and for NaN and infinity too. Parameters come last
-and are compile-time constants. A derivative that takes only two values is split into a *gate*, the
+Each is defined as PyTorch defines it, at the boundaries and for NaN and infinity too. A and B are its parameters,
+compile-time constants, None where it has fewer. A derivative that takes only two values is split into a *gate*, the
 predicate that tells which, and the *gated* gradient: one bit per element then replaces the pre-activation.
 """
 
@@ -35,160 +35,160 @@ def _log1p(e):
 
 
 @triton.jit
-def sigmoid(v):
+def sigmoid(v, A: tl.constexpr, B: tl.constexpr):
     return 1.0 / (1.0 + tl.exp(-v))
 
 
 @triton.jit
-def sigmoid_gradient(v, g):
-    s = sigmoid(v)
+def sigmoid_gradient(v, g, A: tl.constexpr, B: tl.constexpr):
+    s = sigmoid(v, A, B)
     return g * s * (1.0 - s)
 
 
 @triton.jit
-def tanh(v):
+def tanh(v, A: tl.constexpr, B: tl.constexpr):
     em = _expm1(2.0 * tl.where(tl.abs(v) > 20.0, 20.0, tl.abs(v)))
     t = tl.where(v != v, v, em / (em + 2.0))
     return tl.where(v < 0, -t, t)
 
 
 @triton.jit
-def tanh_gradient(v, g):
-    t = tanh(v)
+def tanh_gradient(v, g, A: tl.constexpr, B: tl.constexpr):
+    t = tanh(v, A, B)
     return g * (1.0 - t) * (1.0 + t)
 
 
 @triton.jit
-def relu(v):
+def relu(v, A: tl.constexpr, B: tl.constexpr):
     return tl.where(v <= 0, 0.0, v)
 
 
 @triton.jit
-def relu_gate(v):
+def relu_gate(v, A: tl.constexpr, B: tl.constexpr):
     return (v <= 0) == 0
 
 
 @triton.jit
-def relu_gated(gate, g):
+def relu_gated(gate, g, A: tl.constexpr, B: tl.constexpr):
     return tl.where(gate, g, 0.0)
 
 
 @triton.jit
-def relu6(v):
+def relu6(v, A: tl.constexpr, B: tl.constexpr):
     return tl.where(v <= 0, 0.0, tl.where(v >= 6.0, 6.0, v))
 
 
 @triton.jit
-def relu6_gate(v):
+def relu6_gate(v, A: tl.constexpr, B: tl.constexpr):
     return ((v <= 0) | (v >= 6.0)) == 0
 
 
 @triton.jit
-def leaky_relu(v, SLOPE: tl.constexpr):
-    return tl.where(v > 0, v, v * SLOPE)
+def leaky_relu(v, A: tl.constexpr, B: tl.constexpr):
+    return tl.where(v > 0, v, v * A)
 
 
 @triton.jit
-def leaky_relu_gate(v, SLOPE: tl.constexpr):
+def leaky_relu_gate(v, A: tl.constexpr, B: tl.constexpr):
     return v > 0
 
 
 @triton.jit
-def leaky_relu_gated(gate, g, SLOPE: tl.constexpr):
-    return tl.where(gate, g, g * SLOPE)
+def leaky_relu_gated(gate, g, A: tl.constexpr, B: tl.constexpr):
+    return tl.where(gate, g, g * A)
 
 
 @triton.jit
-def hardsigmoid(v):
+def hardsigmoid(v, A: tl.constexpr, B: tl.constexpr):
     return tl.where(v <= -3.0, 0.0, tl.where(v >= 3.0, 1.0, (v + 3.0) / 6.0))
 
 
 @triton.jit
-def hardsigmoid_gate(v):
+def hardsigmoid_gate(v, A: tl.constexpr, B: tl.constexpr):
     return (v > -3.0) & (v < 3.0)
 
 
 @triton.jit
-def hardsigmoid_gated(gate, g):
+def hardsigmoid_gated(gate, g, A: tl.constexpr, B: tl.constexpr):
     return tl.where(gate, g / 6.0, 0.0)
 
 
 @triton.jit
-def hardswish(v):
+def hardswish(v, A: tl.constexpr, B: tl.constexpr):
     return v * tl.where(v <= -3.0, 0.0, tl.where(v >= 3.0, 6.0, v + 3.0)) / 6.0
 
 
 @triton.jit
-def hardswish_gradient(v, g):
+def hardswish_gradient(v, g, A: tl.constexpr, B: tl.constexpr):
     return tl.where(v <= -3.0, 0.0, tl.where(v >= 3.0, g, g * (v / 3.0 + 0.5)))
 
 
 @triton.jit
-def silu(v):
+def silu(v, A: tl.constexpr, B: tl.constexpr):
     return v / (1.0 + tl.exp(-v))
 
 
 @triton.jit
-def silu_gradient(v, g):
-    s = sigmoid(v)
+def silu_gradient(v, g, A: tl.constexpr, B: tl.constexpr):
+    s = sigmoid(v, A, B)
     return g * s * (1.0 + v * (1.0 - s))
 
 
 @triton.jit
-def gelu(v):
+def gelu(v, A: tl.constexpr, B: tl.constexpr):
     return v * 0.5 * (1.0 + tl.erf(v * 0.7071067811865476))
 
 
 @triton.jit
-def gelu_gradient(v, g):
+def gelu_gradient(v, g, A: tl.constexpr, B: tl.constexpr):
     cdf = 0.5 * (1.0 + tl.erf(v * 0.7071067811865476))
     return g * (cdf + v * tl.exp(-0.5 * v * v) * 0.3989422804014327)
 
 
 @triton.jit
-def gelu_tanh(v):
-    return 0.5 * v * (1.0 + tanh(0.7978845608028654 * (v + 0.044715 * v * v * v)))
+def gelu_tanh(v, A: tl.constexpr, B: tl.constexpr):
+    return 0.5 * v * (1.0 + tanh(0.7978845608028654 * (v + 0.044715 * v * v * v), A, B))
 
 
 @triton.jit
-def gelu_tanh_gradient(v, g):
-    t = tanh(0.7978845608028654 * (v + 0.044715 * v * v * v))
+def gelu_tanh_gradient(v, g, A: tl.constexpr, B: tl.constexpr):
+    t = tanh(0.7978845608028654 * (v + 0.044715 * v * v * v), A, B)
     slope = 0.7978845608028654 * (1.0 + 0.134145 * v * v)
     return g * 0.5 * ((1.0 + t) + v * (1.0 - t) * (1.0 + t) * slope)
 
 
 @triton.jit
-def elu(v, ALPHA: tl.constexpr):
-    return tl.where(v > 0, v, ALPHA * _expm1(tl.where(v > 0, 0.0, v)))
+def elu(v, A: tl.constexpr, B: tl.constexpr):
+    return tl.where(v > 0, v, A * _expm1(tl.where(v > 0, 0.0, v)))
 
 
 @triton.jit
-def elu_gradient(v, g, ALPHA: tl.constexpr):
-    return tl.where(v > 0, g, g * ALPHA * tl.exp(tl.where(v > 0, 0.0, v)))
+def elu_gradient(v, g, A: tl.constexpr, B: tl.constexpr):
+    return tl.where(v > 0, g, g * A * tl.exp(tl.where(v > 0, 0.0, v)))
 
 
 @triton.jit
-def softplus(v, BETA: tl.constexpr, THRESHOLD: tl.constexpr):
-    z = v * BETA
-    value = (tl.where(z < 0, 0.0, z) + _log1p(tl.exp(-tl.abs(z)))) / BETA
-    return tl.where(z > THRESHOLD, v, value)
+def softplus(v, A: tl.constexpr, B: tl.constexpr):
+    z = v * A
+    value = (tl.where(z < 0, 0.0, z) + _log1p(tl.exp(-tl.abs(z)))) / A
+    return tl.where(z > B, v, value)
 
 
 @triton.jit
-def softplus_gradient(v, g, BETA: tl.constexpr, THRESHOLD: tl.constexpr):
-    z = v * BETA
-    return tl.where(z > THRESHOLD, g, g * sigmoid(z))
+def softplus_gradient(v, g, A: tl.constexpr, B: tl.constexpr):
+    z = v * A
+    return tl.where(z > B, g, g * sigmoid(z, A, B))
 
 
 @triton.jit
-def mish(v):
-    return v * tanh(softplus(v, 1.0, 20.0))
+def mish(v, A: tl.constexpr, B: tl.constexpr):
+    return v * tanh(softplus(v, 1.0, 20.0), A, B)
 
 
 @triton.jit
-def mish_gradient(v, g):
-    t = tanh(softplus(v, 1.0, 20.0))
-    return g * (t + v * sigmoid(v) * (1.0 - t) * (1.0 + t))
+def mish_gradient(v, g, A: tl.constexpr, B: tl.constexpr):
+    t = tanh(softplus(v, 1.0, 20.0), A, B)
+    return g * (t + v * sigmoid(v, A, B) * (1.0 - t) * (1.0 + t))
 
 
 class Epilogue(NamedTuple):
@@ -245,20 +245,26 @@ def pre_activation(
 
 
 @triton.jit
-def activate(v, ACT: tl.constexpr, ACT_ARGS: tl.constexpr):
+def activate(v, ACT: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
     """The activation of a tile; ACT None is the identity."""
     if ACT is None:
         return v
     else:
-        return ACT(v, *ACT_ARGS)
+        return ACT(v, A, B)
 
 
 @triton.jit
 def activation_gradient(
-    v, g, GRADIENT: tl.constexpr, GATE: tl.constexpr, GATED: tl.constexpr, ACT_ARGS: tl.constexpr
+    v,
+    g,
+    GRADIENT: tl.constexpr,
+    GATE: tl.constexpr,
+    GATED: tl.constexpr,
+    A: tl.constexpr,
+    B: tl.constexpr,
 ):
     """The gradient g with respect to the activation's output, carried to the pre-activation v."""
     if GRADIENT is not None:
-        return GRADIENT(v, g, *ACT_ARGS)
+        return GRADIENT(v, g, A, B)
     else:
-        return GATED(GATE(v, *ACT_ARGS), g, *ACT_ARGS)
+        return GATED(GATE(v, A, B), g, A, B)

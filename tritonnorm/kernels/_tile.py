@@ -21,47 +21,76 @@ def hint_fast_axis(C, P, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr):
 
 
 @triton.jit
-def chunk_index(
-    chunk,  # number of the chunk in its channel
-    N,
+def chunk_origin(chunk, P, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr):
+    """First sample and first position of a chunk."""
+    per_sample = tl.cdiv(P, BLOCK_P)
+    return (chunk // per_sample) * BLOCK_N, (chunk % per_sample) * BLOCK_P
+
+
+@triton.jit
+def lanes(BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Sample and position of every column of a tile, counted from the origin of its chunk."""
+    k = tl.arange(0, BLOCK_N * BLOCK_P)
+    return k // BLOCK_P, k % BLOCK_P
+
+
+@triton.jit
+def valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P):
+    """Which elements of a chunk exist, [BLOCK_C, BLOCK_N * BLOCK_P]."""
+    return (c < C)[:, None] & ((lane_n < N - n0) & (lane_p < P - p0))[None, :]
+
+
+@triton.jit
+def dense_strides(C, P, CHANNELS_LAST: tl.constexpr):
+    """``(s_n, s_c, s_p)`` of a dense tensor, int64."""
+    wide_c = tl.cast(C, tl.int64)
+    wide_p = tl.cast(P, tl.int64)
+    if CHANNELS_LAST:
+        return wide_c * wide_p, tl.full([], 1, tl.int64), wide_c
+    else:
+        return wide_c * wide_p, wide_p, tl.full([], 1, tl.int64)
+
+
+@triton.jit
+def lane_offsets(c, lane_n, lane_p, s_n, s_c, s_p):
+    """Offsets of a tile from the origin of its chunk, int64 [BLOCK_C, BLOCK_N * BLOCK_P]."""
+    return c[:, None] * s_c + (lane_n * s_n + lane_p * s_p)[None, :]
+
+
+@triton.jit
+def frame(
+    c,
+    C,
     P,
+    xs_n,
+    xs_c,
+    xs_p,
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
 ):
-    """Sample and position of every column of a chunk, which columns exist, and how many do."""
-    per_sample = tl.cdiv(P, BLOCK_P)
-    n0 = (chunk // per_sample) * BLOCK_N
-    p0 = (chunk % per_sample) * BLOCK_P
-    k = tl.arange(0, BLOCK_N * BLOCK_P)
-    n = n0 + k // BLOCK_P
-    p = p0 + k % BLOCK_P
-    count = tl.minimum(N - n0, BLOCK_N) * tl.minimum(P - p0, BLOCK_P)
-    return n, p, (n < N) & (p < P), count
+    """What the tiles of all chunks have in common, so that no chunk keeps addresses of its own.
 
-
-@triton.jit
-def dense_offsets(c, n, p, C, P, CHANNELS_LAST: tl.constexpr):
-    """Offsets of a tile of a dense tensor, int64 [BLOCK_C, BLOCK_N * BLOCK_P]."""
-    if CHANNELS_LAST:
-        return p.to(tl.int64)[None, :] * C + c[:, None]
+    Columns of a tile (sample, position), then for dense tensors the strides of samples and positions and
+    the offsets from a chunk's origin, then the same three for the input.
+    """
+    lane_n, lane_p = lanes(BLOCK_N, BLOCK_P)
+    s_n, s_c, s_p = dense_strides(C, P, CHANNELS_LAST)
+    lane = lane_offsets(c, lane_n, lane_p, s_n, s_c, s_p)
+    if xs_n is None:
+        return lane_n, lane_p, s_n, s_p, lane, s_n, s_p, lane
     else:
-        return (n.to(tl.int64)[None, :] * C + c[:, None]) * P + p[None, :]
-
-
-@triton.jit
-def input_offsets(c, n, p, dense, s_n, s_c, s_p):
-    """Offsets of a tile of the input: ``dense`` when it has no strides of its own (s_n is None)."""
-    if s_n is None:
-        return dense
-    else:
-        rows = n.to(tl.int64) * s_n + p.to(tl.int64) * s_p
-        return c.to(tl.int64)[:, None] * s_c + rows[None, :]
+        x_n = tl.cast(xs_n, tl.int64)
+        x_p = tl.cast(xs_p, tl.int64)
+        x_lane = lane_offsets(c, lane_n, lane_p, x_n, tl.cast(xs_c, tl.int64), x_p)
+        return lane_n, lane_p, s_n, s_p, lane, x_n, x_p, x_lane
 
 
 @triton.jit
 def bit_offsets(
     c0,
-    chunk,
+    n0,
+    p0,
     N,
     C,
     P,
@@ -75,9 +104,6 @@ def bit_offsets(
     The mask has the rows of the tensor (``[N, C]`` rows of P bits, or ``[P]`` rows of C bits), each padded
     to whole bytes, so that it does not depend on how the tensor was tiled.
     """
-    per_sample = tl.cdiv(P, BLOCK_P)
-    n0 = (chunk // per_sample) * BLOCK_N
-    p0 = (chunk % per_sample) * BLOCK_P
     if CHANNELS_LAST:
         c = c0 + tl.arange(0, BLOCK_C // 8) * 8
         p = p0 + tl.arange(0, BLOCK_N * BLOCK_P)

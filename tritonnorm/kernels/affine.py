@@ -15,12 +15,23 @@ from ..device import Device
 from ..problem import Problem, minimum_bytes
 from . import _epilogue as epilogue
 from . import _tile as tile
-from .base import BackwardArguments, Config, ForwardArguments, launch, tile_shape, x_strides
+from .base import (
+    BackwardArguments,
+    Config,
+    ForwardArguments,
+    launch,
+    predicted_seconds,
+    tile_shape,
+    x_strides,
+)
 
 # Elements of a tile, with 4 warps: 32 a thread, four 16-byte loads of bf16 in flight per tensor.
 TILE = 4096
-# Programs per multiprocessor a launch should have: 16 of 4 warps fill it, twice over hides the tail.
-PROGRAMS_PER_SM = 32
+# Programs per multiprocessor a launch should have. The compile audit finds 48 to 128 registers a thread, so
+# 4 to 10 programs of 4 warps are resident at once; more splits would only lengthen the combine.
+PROGRAMS_PER_SM = 8
+# The combine kernels: [splits, channels] tiles. Few channels each, so that many programs share the work.
+COMBINE = {"BLOCK_C": 8, "BLOCK_S": 128}
 
 
 @triton.jit
@@ -46,7 +57,8 @@ def apply_kernel(
     CHUNKS,  # chunks of a channel
     ACT: tl.constexpr,
     GATE: tl.constexpr,
-    ACT_ARGS: tl.constexpr,
+    A: tl.constexpr,  # parameters of the activation
+    B: tl.constexpr,
     FROM_VARIANCE: tl.constexpr,
     ACC: tl.constexpr,
     VEC: tl.constexpr,
@@ -59,6 +71,9 @@ def apply_kernel(
     C, P = tile.hint_fast_axis(C, P, VEC, CHANNELS_LAST)
     c0 = tl.program_id(0) * BLOCK_C
     c = c0 + tl.arange(0, BLOCK_C)
+    lane_n, lane_p, s_n, s_p, lane, x_n, x_p, x_lane = tile.frame(
+        c, C, P, xs_n, xs_c, xs_p, BLOCK_N, BLOCK_P, CHANNELS_LAST
+    )
     mean = tl.load(mean_ptr + c, mask=c < C, other=0.0).to(ACC)
     rstd = tl.load(rstd_ptr + c, mask=c < C, other=1.0).to(ACC)
     if FROM_VARIANCE:
@@ -73,22 +88,21 @@ def apply_kernel(
     for i in range(first, last):
         # In reverse: what a first pass read last is still in the L2 cache.
         chunk = first + last - 1 - i
-        n, p, column, _ = tile.chunk_index(chunk, N, P, BLOCK_N, BLOCK_P)
-        valid = (c < C)[:, None] & column[None, :]
-        dense = tile.dense_offsets(c, n, p, C, P, CHANNELS_LAST)
-        at = tile.input_offsets(c, n, p, dense, xs_n, xs_c, xs_p)
-        x = tl.load(x_ptr + at, mask=valid, other=0.0).to(ACC)
+        n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P)
+        valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
+        base = n0 * s_n + p0 * s_p
+        x = tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=valid, other=0.0).to(ACC)
         residual = None
         if residual_ptr is not None:
-            residual = tl.load(residual_ptr + dense, mask=valid, other=0.0).to(ACC)
+            residual = tl.load(residual_ptr + base + lane, mask=valid, other=0.0).to(ACC)
         v = epilogue.pre_activation(x, residual, mean, scale, shift)
-        y = epilogue.activate(v, ACT, ACT_ARGS)
-        tl.store(y_ptr + dense, y.to(y_ptr.dtype.element_ty), mask=valid)
+        y = epilogue.activate(v, ACT, A, B)
+        tl.store(y_ptr + base + lane, y.to(y_ptr.dtype.element_ty), mask=valid)
         if mask_ptr is not None:
             bytes_at, bytes_valid = tile.bit_offsets(
-                c0, chunk, N, C, P, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST
+                c0, n0, p0, N, C, P, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST
             )
-            bits = tile.pack_bits(GATE(v, *ACT_ARGS), BLOCK_C, BLOCK_N * BLOCK_P, CHANNELS_LAST)
+            bits = tile.pack_bits(GATE(v, A, B), BLOCK_C, BLOCK_N * BLOCK_P, CHANNELS_LAST)
             tl.store(mask_ptr + bytes_at, bits, mask=bytes_valid)
 
 
@@ -117,7 +131,8 @@ def gradient_kernel(
     GRADIENT: tl.constexpr,
     GATE: tl.constexpr,
     GATED: tl.constexpr,
-    ACT_ARGS: tl.constexpr,
+    A: tl.constexpr,  # parameters of the activation
+    B: tl.constexpr,
     READS_X: tl.constexpr,
     VEC: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -130,6 +145,9 @@ def gradient_kernel(
     C, P = tile.hint_fast_axis(C, P, VEC, CHANNELS_LAST)
     c0 = tl.program_id(0) * BLOCK_C
     c = c0 + tl.arange(0, BLOCK_C)
+    lane_n, lane_p, s_n, s_p, lane, x_n, x_p, x_lane = tile.frame(
+        c, C, P, xs_n, xs_c, xs_p, BLOCK_N, BLOCK_P, CHANNELS_LAST
+    )
     mean = tl.load(mean_ptr + c, mask=c < C, other=0.0)
     rstd = tl.load(rstd_ptr + c, mask=c < C, other=0.0)
     scale, shift = epilogue.affine_parameters(c, C, rstd, weight_ptr, bias_ptr)
@@ -145,34 +163,33 @@ def gradient_kernel(
         chunk = i
         if sums_ptr is not None:
             chunk = first + last - 1 - i
-        n, p, column, _ = tile.chunk_index(chunk, N, P, BLOCK_N, BLOCK_P)
-        valid = (c < C)[:, None] & column[None, :]
-        dense = tile.dense_offsets(c, n, p, C, P, CHANNELS_LAST)
-        g = tl.load(dy_ptr + dense, mask=valid, other=0.0).to(ACC)
+        n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P)
+        valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
+        base = n0 * s_n + p0 * s_p
+        g = tl.load(dy_ptr + base + lane, mask=valid, other=0.0).to(ACC)
         if READS_X:
-            at = tile.input_offsets(c, n, p, dense, xs_n, xs_c, xs_p)
-            x = tl.load(x_ptr + at, mask=valid, other=0.0).to(ACC)
+            x = tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=valid, other=0.0).to(ACC)
         if mask_ptr is not None:
             bytes_at, bytes_valid = tile.bit_offsets(
-                c0, chunk, N, C, P, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST
+                c0, n0, p0, N, C, P, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST
             )
             bits = tl.load(mask_ptr + bytes_at, mask=bytes_valid, other=0)
             gate = tile.unpack_bits(bits, BLOCK_C, BLOCK_N * BLOCK_P, CHANNELS_LAST)
-            g = GATED(gate, g, *ACT_ARGS)
+            g = GATED(gate, g, A, B)
         elif GRADIENT is not None or GATE is not None:
             residual = None
             if residual_ptr is not None:
-                residual = tl.load(residual_ptr + dense, mask=valid, other=0.0).to(ACC)
+                residual = tl.load(residual_ptr + base + lane, mask=valid, other=0.0).to(ACC)
             v = epilogue.pre_activation(x, residual, mean, scale, shift)
-            g = epilogue.activation_gradient(v, g, GRADIENT, GATE, GATED, ACT_ARGS)
+            g = epilogue.activation_gradient(v, g, GRADIENT, GATE, GATED, A, B)
         if dresidual_ptr is not None:
-            tl.store(dresidual_ptr + dense, g.to(dresidual_ptr.dtype.element_ty), mask=valid)
+            tl.store(dresidual_ptr + base + lane, g.to(dresidual_ptr.dtype.element_ty), mask=valid)
         if dx_ptr is not None:
             if sums_ptr is not None:
                 dx = (g - mean_g[:, None] - (x - mean[:, None]) * slope[:, None]) * scale[:, None]
             else:
                 dx = g * scale[:, None]
-            tl.store(dx_ptr + dense, dx.to(dx_ptr.dtype.element_ty), mask=valid)
+            tl.store(dx_ptr + base + lane, dx.to(dx_ptr.dtype.element_ty), mask=valid)
         if partial_ptr is not None:
             g = tl.where(valid, g, 0.0)
             sum_g += tl.sum(g, 1)
@@ -290,14 +307,12 @@ def launch_combine_sums(
     problem: Problem, a: BackwardArguments, partial: torch.Tensor, sums: torch.Tensor | None
 ) -> None:
     """Launch `combine_sums_kernel` over partial sums ``[2, SPLITS, C]``."""
-    block_c = min(64, triton.next_power_of_2(problem.view.c))
     launch(
         combine_sums_kernel,
-        (triton.cdiv(problem.view.c, block_c),),
+        (triton.cdiv(problem.view.c, COMBINE["BLOCK_C"]),),
         a.x,
         *(partial, a.rstd, sums, a.dweight, a.dbias, problem.view.c, partial.shape[1]),
-        BLOCK_C=block_c,
-        BLOCK_S=32,
+        **COMBINE,
         num_warps=4,
     )
 
@@ -323,6 +338,11 @@ class Affine:
 
     def model_bytes(self, problem: Problem, config: Config) -> int:
         return minimum_bytes(problem)
+
+    def predict(self, problem: Problem, config: Config, device: Device) -> float:
+        programs = config.channel_blocks(problem) * splits_for(config, problem)[0]
+        launches = 2 if problem.direction == "backward" and problem.needs_dparams else 1
+        return predicted_seconds(device, minimum_bytes(problem), programs, launches)
 
     def forward(self, problem: Problem, config: Config, a: ForwardArguments) -> None:
         assert a.running_mean is not None and a.running_var is not None

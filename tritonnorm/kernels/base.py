@@ -72,20 +72,16 @@ class EpilogueArguments:
 
     def forward(self) -> dict[str, Any]:
         f = self.functions
-        return {
-            "ACT": f and f.forward,
-            "GATE": f and f.gate,
-            "ACT_ARGS": self.args,
-        }
+        return {"ACT": f and f.forward, "GATE": f and f.gate, **self._parameters()}
 
     def backward(self) -> dict[str, Any]:
         f = self.functions
-        return {
-            "GRADIENT": f and f.gradient,
-            "GATE": f and f.gate,
-            "GATED": f and f.gated,
-            "ACT_ARGS": self.args,
-        }
+        gradient = {"GRADIENT": f and f.gradient, "GATE": f and f.gate, "GATED": f and f.gated}
+        return gradient | self._parameters()
+
+    def _parameters(self) -> dict[str, float | None]:
+        a, b = (*self.args, None, None)[:2]
+        return {"A": a, "B": b}
 
 
 @dataclass(frozen=True)
@@ -148,11 +144,28 @@ class Algorithm(Protocol):
     def model_bytes(self, problem: Problem, config: Config) -> int:
         """The bytes of activations (and mask) that the kernels load and store, to the byte."""
 
+    def predict(self, problem: Problem, config: Config, device: Device) -> float:
+        """Seconds that the launches should take: what the formula compares, and what a tuner may check."""
+
     def forward(self, problem: Problem, config: Config, a: ForwardArguments) -> None:
         """Launch the forward kernels."""
 
     def backward(self, problem: Problem, config: Config, a: BackwardArguments) -> None:
         """Launch the backward kernels."""
+
+
+# Seconds between the starts of two dependent small launches. A rounded estimate, to be measured: published
+# host times of a launch are 2.2 (compiled handle) to 11 microseconds (JIT) (tritonbench issue 1002).
+LAUNCH_SECONDS = 3e-6
+DEFAULT_BANDWIDTH = 1e12  # where a device does not tell its own; only ratios matter then
+
+
+def predicted_seconds(
+    device: Device, dram_bytes: float, programs: int, launches: int, programs_per_sm: int = 1
+) -> float:
+    """Launch gaps, plus bytes over bandwidth, slower where programs are fewer than fill the device."""
+    busy = min(1.0, programs / (device.sms * programs_per_sm))
+    return launches * LAUNCH_SECONDS + dram_bytes / (device.bandwidth or DEFAULT_BANDWIDTH) / busy
 
 
 def x_strides(problem: Problem) -> tuple[int | None, int | None, int | None]:
@@ -182,11 +195,13 @@ def launch(kernel: Any, grid: tuple[int, ...], x: Tensor, *args: Any, num_warps:
 
 
 def power_of_two_blocks(extent: int, limit: int, floor: int) -> int:
-    """The power of two in [floor, limit] that covers an extent with the least padding, the larger on a tie.
+    """The power of two between `floor` and `limit` that covers an extent with the least padding.
 
-    Padding wastes issue slots, not bandwidth, so up to 1/16 of it is accepted for a larger block.
+    Never longer than the extent needs. Padding wastes issue slots, not bandwidth, so up to 1/16 more of it
+    is accepted for a larger block.
     """
-    best = min(limit, max(floor, triton.next_power_of_2(extent)))
+    best = min(limit, triton.next_power_of_2(extent))
+    floor = min(floor, best)
     candidates = [best]
     while candidates[-1] > floor:
         candidates.append(candidates[-1] // 2)

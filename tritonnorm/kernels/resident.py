@@ -4,7 +4,8 @@ Forward moves 2S, backward 3S. The variance is exact: the mean first, then the s
 both over data at hand. No program waits for another.
 """
 
-import torch
+from dataclasses import replace
+
 import triton
 import triton.language as tl
 
@@ -20,13 +21,14 @@ from .base import (
     advance_counter,
     launch,
     power_of_two_blocks,
+    predicted_seconds,
     x_strides,
 )
 
-# 32-bit registers a thread may spend on the tensors it keeps; the rest is for addresses and reductions.
-# With the compile audit no configuration within this budget spills on sm_80, sm_90, sm_100 or gfx942.
-PAYLOAD_REGISTERS = 48
-MAX_WARPS = 16  # 512 threads of 128 registers: the most a program can hold
+# Warps of a program -> 32-bit registers a thread may spend on the tensors it keeps; the rest is for addresses
+# and reductions. The compile audit shows no spill within them on sm_80, sm_90, sm_100 and gfx942.
+PAYLOAD = {4: 64, 8: 64, 16: 32}
+TILE = 4096  # elements of a chunk, at least one 16-byte access for every thread
 
 
 @triton.jit
@@ -53,7 +55,8 @@ def forward_kernel(
     CUMULATIVE: tl.constexpr,
     ACT: tl.constexpr,
     GATE: tl.constexpr,
-    ACT_ARGS: tl.constexpr,
+    A: tl.constexpr,  # parameters of the activation
+    B: tl.constexpr,
     CHUNKS: tl.constexpr,
     VEC: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -66,13 +69,14 @@ def forward_kernel(
     C, P = tile.hint_fast_axis(C, P, VEC, CHANNELS_LAST)
     c0 = tl.program_id(0) * BLOCK_C
     c = c0 + tl.arange(0, BLOCK_C)
+    lane_n, lane_p, s_n, s_p, lane, x_n, x_p, x_lane = tile.frame(
+        c, C, P, xs_n, xs_c, xs_p, BLOCK_N, BLOCK_P, CHANNELS_LAST
+    )
     xs = ()
     for chunk in tl.static_range(CHUNKS):
-        n, p, column, _ = tile.chunk_index(chunk, N, P, BLOCK_N, BLOCK_P)
-        valid = (c < C)[:, None] & column[None, :]
-        dense = tile.dense_offsets(c, n, p, C, P, CHANNELS_LAST)
-        at = tile.input_offsets(c, n, p, dense, xs_n, xs_c, xs_p)
-        xs = xs + (tl.load(x_ptr + at, mask=valid, other=0.0),)
+        n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P)
+        valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
+        xs = xs + (tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=valid, other=0.0),)
     count = tl.cast(N, ACC) * tl.cast(P, ACC)
     mean = tl.zeros([BLOCK_C], ACC)
     for chunk in tl.static_range(CHUNKS):
@@ -80,8 +84,9 @@ def forward_kernel(
     mean = mean / count
     m2 = tl.zeros([BLOCK_C], ACC)
     for chunk in tl.static_range(CHUNKS):
-        n, p, column, _ = tile.chunk_index(chunk, N, P, BLOCK_N, BLOCK_P)
-        centred = tl.where(column[None, :], xs[chunk].to(ACC) - mean[:, None], 0.0)
+        n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P)
+        valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
+        centred = tl.where(valid, xs[chunk].to(ACC) - mean[:, None], 0.0)
         m2 += tl.sum(centred * centred, 1)
     rstd = 1.0 / tl.sqrt(m2 / count + tl.full([], eps, ACC))
     moments.store_statistics(
@@ -90,20 +95,20 @@ def forward_kernel(
     )  # fmt: skip
     scale, shift = epilogue.affine_parameters(c, C, rstd, weight_ptr, bias_ptr)
     for chunk in tl.static_range(CHUNKS):
-        n, p, column, _ = tile.chunk_index(chunk, N, P, BLOCK_N, BLOCK_P)
-        valid = (c < C)[:, None] & column[None, :]
-        dense = tile.dense_offsets(c, n, p, C, P, CHANNELS_LAST)
+        n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P)
+        valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
+        base = n0 * s_n + p0 * s_p
         residual = None
         if residual_ptr is not None:
-            residual = tl.load(residual_ptr + dense, mask=valid, other=0.0).to(ACC)
+            residual = tl.load(residual_ptr + base + lane, mask=valid, other=0.0).to(ACC)
         v = epilogue.pre_activation(xs[chunk].to(ACC), residual, mean, scale, shift)
-        y = epilogue.activate(v, ACT, ACT_ARGS)
-        tl.store(y_ptr + dense, y.to(y_ptr.dtype.element_ty), mask=valid)
+        y = epilogue.activate(v, ACT, A, B)
+        tl.store(y_ptr + base + lane, y.to(y_ptr.dtype.element_ty), mask=valid)
         if mask_ptr is not None:
             bytes_at, bytes_valid = tile.bit_offsets(
-                c0, chunk, N, C, P, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST
+                c0, n0, p0, N, C, P, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST
             )
-            bits = tile.pack_bits(GATE(v, *ACT_ARGS), BLOCK_C, BLOCK_N * BLOCK_P, CHANNELS_LAST)
+            bits = tile.pack_bits(GATE(v, A, B), BLOCK_C, BLOCK_N * BLOCK_P, CHANNELS_LAST)
             tl.store(mask_ptr + bytes_at, bits, mask=bytes_valid)
 
 
@@ -130,7 +135,8 @@ def backward_kernel(
     GRADIENT: tl.constexpr,
     GATE: tl.constexpr,
     GATED: tl.constexpr,
-    ACT_ARGS: tl.constexpr,
+    A: tl.constexpr,  # parameters of the activation
+    B: tl.constexpr,
     CHUNKS: tl.constexpr,
     VEC: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -143,6 +149,9 @@ def backward_kernel(
     C, P = tile.hint_fast_axis(C, P, VEC, CHANNELS_LAST)
     c0 = tl.program_id(0) * BLOCK_C
     c = c0 + tl.arange(0, BLOCK_C)
+    lane_n, lane_p, s_n, s_p, lane, x_n, x_p, x_lane = tile.frame(
+        c, C, P, xs_n, xs_c, xs_p, BLOCK_N, BLOCK_P, CHANNELS_LAST
+    )
     mean = tl.load(mean_ptr + c, mask=c < C, other=0.0)
     rstd = tl.load(rstd_ptr + c, mask=c < C, other=0.0)
     scale, shift = epilogue.affine_parameters(c, C, rstd, weight_ptr, bias_ptr)
@@ -151,28 +160,27 @@ def backward_kernel(
     sum_g = tl.zeros([BLOCK_C], ACC)
     sum_gx = tl.zeros([BLOCK_C], ACC)
     for chunk in tl.static_range(CHUNKS):
-        n, p, column, _ = tile.chunk_index(chunk, N, P, BLOCK_N, BLOCK_P)
-        valid = (c < C)[:, None] & column[None, :]
-        dense = tile.dense_offsets(c, n, p, C, P, CHANNELS_LAST)
-        at = tile.input_offsets(c, n, p, dense, xs_n, xs_c, xs_p)
-        raw = tl.load(x_ptr + at, mask=valid, other=0.0)
+        n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P)
+        valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
+        base = n0 * s_n + p0 * s_p
+        raw = tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=valid, other=0.0)
         x = raw.to(ACC)
-        g = tl.load(dy_ptr + dense, mask=valid, other=0.0).to(ACC)
+        g = tl.load(dy_ptr + base + lane, mask=valid, other=0.0).to(ACC)
         if mask_ptr is not None:
             bytes_at, bytes_valid = tile.bit_offsets(
-                c0, chunk, N, C, P, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST
+                c0, n0, p0, N, C, P, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST
             )
             bits = tl.load(mask_ptr + bytes_at, mask=bytes_valid, other=0)
             gate = tile.unpack_bits(bits, BLOCK_C, BLOCK_N * BLOCK_P, CHANNELS_LAST)
-            g = GATED(gate, g, *ACT_ARGS)
+            g = GATED(gate, g, A, B)
         elif GRADIENT is not None or GATE is not None:
             residual = None
             if residual_ptr is not None:
-                residual = tl.load(residual_ptr + dense, mask=valid, other=0.0).to(ACC)
+                residual = tl.load(residual_ptr + base + lane, mask=valid, other=0.0).to(ACC)
             v = epilogue.pre_activation(x, residual, mean, scale, shift)
-            g = epilogue.activation_gradient(v, g, GRADIENT, GATE, GATED, ACT_ARGS)
+            g = epilogue.activation_gradient(v, g, GRADIENT, GATE, GATED, A, B)
         if dresidual_ptr is not None:
-            tl.store(dresidual_ptr + dense, g.to(dresidual_ptr.dtype.element_ty), mask=valid)
+            tl.store(dresidual_ptr + base + lane, g.to(dresidual_ptr.dtype.element_ty), mask=valid)
         g = tl.where(valid, g, 0.0)
         sum_g += tl.sum(g, 1)
         sum_gx += tl.sum(g * (x - mean[:, None]), 1)
@@ -187,20 +195,18 @@ def backward_kernel(
         mean_g = sum_g / count
         slope = sum_gx / count * rstd * rstd
         for chunk in tl.static_range(CHUNKS):
-            n, p, column, _ = tile.chunk_index(chunk, N, P, BLOCK_N, BLOCK_P)
-            valid = (c < C)[:, None] & column[None, :]
-            dense = tile.dense_offsets(c, n, p, C, P, CHANNELS_LAST)
+            n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P)
+            valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
+            base = n0 * s_n + p0 * s_p
             x = xs[chunk].to(ACC)
             dx = (gs[chunk] - mean_g[:, None] - (x - mean[:, None]) * slope[:, None]) * scale[:, None]
-            tl.store(dx_ptr + dense, dx.to(dx_ptr.dtype.element_ty), mask=valid)
+            tl.store(dx_ptr + base + lane, dx.to(dx_ptr.dtype.element_ty), mask=valid)
 
 
-def tensors_kept(problem: Problem) -> float:
-    """32-bit registers that one element of the problem occupies in a resident program."""
+def registers_kept(problem: Problem) -> float:
+    """32-bit registers that one element occupies: x as it is, and in backward the gradient g as well."""
     own = problem.dtype.itemsize / 4
-    if problem.direction == "forward":
-        return own
-    return own + problem.accumulator.itemsize / 4
+    return own if problem.direction == "forward" else own + problem.accumulator.itemsize / 4
 
 
 class Resident:
@@ -233,26 +239,36 @@ class Resident:
     def model_bytes(self, problem: Problem, config: Config) -> int:
         return minimum_bytes(problem)
 
+    def predict(self, problem: Problem, config: Config, device: Device) -> float:
+        return predicted_seconds(
+            device, minimum_bytes(problem), config.channel_blocks(problem), launches=1
+        )
+
     def _fitting(self, problem: Problem, device: Device, max_block_c: int = 16) -> Config | None:
-        """The smallest program that holds a channel block, or None.
+        """The smallest program that holds a channel block, or None."""
+        for warps, payload in PAYLOAD.items():
+            threads = warps * device.warp
+            config = replace(self._tiling(problem, threads, max_block_c), num_warps=warps)
+            kept = config.chunks(problem) * config.tile * registers_kept(problem)
+            if kept <= payload * threads:
+                return config
+        return None
+
+    def _tiling(self, problem: Problem, threads: int, max_block_c: int) -> Config:
+        """Chunks of about `TILE` elements with little padding.
 
         Channels last takes 16 channels: 32 bytes of 16-bit data, the sector that DRAM moves.
         """
         view = problem.view
         bits = 8 if problem.mask else 1
+        least = threads * 16 // problem.dtype.itemsize
+        limit = max(TILE, least)
         if view.channels_last:
             block_c = max(bits, min(max_block_c, triton.next_power_of_2(view.c)))
-            block_n, block_p = 1, power_of_two_blocks(view.p, 4096 // block_c, 16)
-        else:
-            block_c = 1
-            block_p = max(bits, power_of_two_blocks(view.p, 4096, min(64, triton.next_power_of_2(view.p))))
-            block_n = min(triton.next_power_of_2(view.n), 4096 // block_p)
-        config = Config(block_c, block_n, block_p)
-        registers = config.chunks(problem) * config.tile * tensors_kept(problem)
-        warps = triton.next_power_of_2(triton.cdiv(int(registers), device.warp * PAYLOAD_REGISTERS))
-        if warps > MAX_WARPS:
-            return None
-        return Config(block_c, block_n, block_p, num_warps=max(4, warps))
+            return Config(block_c, 1, power_of_two_blocks(view.p, limit // block_c, least // block_c))
+        block_p = max(bits, power_of_two_blocks(view.p, limit, 64))
+        block_n = power_of_two_blocks(view.n, limit // block_p, max(1, least // block_p))
+        return Config(1, block_n, block_p)
 
     def forward(self, problem: Problem, config: Config, a: ForwardArguments) -> None:
         view = problem.view

@@ -15,6 +15,7 @@ from ..problem import Problem, minimum_bytes
 from . import _moments as moments
 from . import _tile as tile
 from .affine import (
+    COMBINE,
     PROGRAMS_PER_SM,
     launch_apply,
     launch_combine_sums,
@@ -30,6 +31,7 @@ from .base import (
     ForwardArguments,
     advance_counter,
     launch,
+    predicted_seconds,
     x_strides,
 )
 
@@ -56,18 +58,20 @@ def moments_kernel(
     ACC: tl.constexpr = partial_ptr.dtype.element_ty
     C, P = tile.hint_fast_axis(C, P, VEC, CHANNELS_LAST)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    lane_n, lane_p, _, _, _, x_n, x_p, x_lane = tile.frame(
+        c, C, P, xs_n, xs_c, xs_p, BLOCK_N, BLOCK_P, CHANNELS_LAST
+    )
     count = tl.zeros([], ACC)
     mean = tl.zeros([BLOCK_C], ACC)
     m2 = tl.zeros([BLOCK_C], ACC)
     first = tl.program_id(1) * PER_SPLIT
     last = tl.minimum(first + PER_SPLIT, CHUNKS)
     for chunk in range(first, last):
-        n, p, column, size = tile.chunk_index(chunk, N, P, BLOCK_N, BLOCK_P)
-        valid = (c < C)[:, None] & column[None, :]
-        dense = tile.dense_offsets(c, n, p, C, P, CHANNELS_LAST)
-        at = tile.input_offsets(c, n, p, dense, xs_n, xs_c, xs_p)
-        x = tl.load(x_ptr + at, mask=valid, other=0.0).to(ACC)
-        tile_count = size.to(ACC)
+        n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P)
+        valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
+        x = tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=valid, other=0.0).to(ACC)
+        size = tl.minimum(N - n0, BLOCK_N) * tl.minimum(P - p0, BLOCK_P)
+        tile_count = tl.cast(size, ACC)
         tile_mean, tile_m2 = moments.tile_moments(x, valid, tile_count)
         count, mean, m2 = moments.merge_moments(count, mean, m2, tile_count, tile_mean, tile_m2)
     plane = tl.num_programs(1).to(tl.int64) * C
@@ -145,6 +149,14 @@ class Split:
             second -= problem.bytes  # writing dresidual alone does not read x again
         return reads + second
 
+    def predict(self, problem: Problem, config: Config, device: Device) -> float:
+        """What the second pass reads again comes from the L2 cache as far as it fits there."""
+        programs = config.channel_blocks(problem) * splits_for(config, problem)[0]
+        once = minimum_bytes(problem)
+        again = self.model_bytes(problem, config) - once
+        dram = once + max(0, again - device.l2_bytes)
+        return predicted_seconds(device, dram, programs, launches=3)
+
     def forward(self, problem: Problem, config: Config, a: ForwardArguments) -> None:
         assert a.mean is not None and a.rstd is not None
         view = problem.view
@@ -175,15 +187,13 @@ class Split:
 def launch_combine_moments(problem: Problem, a: ForwardArguments, partial: torch.Tensor) -> None:
     """Launch `combine_moments_kernel` over partial moments ``[3, SPLITS, C]``."""
     cumulative = advance_counter(a)
-    block_c = min(64, triton.next_power_of_2(problem.view.c))
     launch(
         combine_moments_kernel,
-        (triton.cdiv(problem.view.c, block_c),),
+        (triton.cdiv(problem.view.c, COMBINE["BLOCK_C"]),),
         a.x,
         *(partial, a.mean, a.rstd, a.running_mean, a.running_var, a.counter),
         *(problem.view.c, partial.shape[1], a.eps, 0.0 if a.momentum is None else a.momentum),
         CUMULATIVE=cumulative,
-        BLOCK_C=block_c,
-        BLOCK_S=32,
+        **COMBINE,
         num_warps=4,
     )
