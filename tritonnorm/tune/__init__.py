@@ -1,0 +1,1 @@
+"""Tuning: offline compile reports, search over launch parameters, and the store of results."""
