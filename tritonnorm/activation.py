@@ -1,4 +1,4 @@
-"""The activations that a batch norm can carry: names, parameters and PyTorch's own implementation of each."""
+"""The activations a batch norm can carry: names, parameters, PyTorch's own implementations."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Activation:
         function: PyTorch's implementation, ``function(x, *args)``.
         module: PyTorch's module of the same activation, built as ``module(*args)``.
         defaults: its parameters and their default values, as in `torch.nn.functional`.
-        slopes: the two values of the derivative if it has only two, ``slopes(*args)`` -> (gate open, shut);
-            one bit per element then describes it.
+        slopes: the two values of the derivative if it has only two, ``slopes(*args)`` -> (gate
+            open, shut); one bit per element then describes it.
     """
 
     name: str
@@ -57,7 +57,9 @@ ACTIVATIONS: dict[str, Activation] = {
         Activation("silu", F.silu, nn.SiLU),
         Activation("gelu", F.gelu, nn.GELU),
         Activation(
-            "gelu_tanh", lambda x: F.gelu(x, approximate="tanh"), lambda: nn.GELU(approximate="tanh")
+            "gelu_tanh",
+            lambda x: F.gelu(x, approximate="tanh"),
+            lambda: nn.GELU(approximate="tanh"),
         ),
         Activation("elu", F.elu, nn.ELU, (("alpha", 1.0),)),
         Activation("softplus", F.softplus, nn.Softplus, (("beta", 1.0), ("threshold", 20.0))),
@@ -83,13 +85,15 @@ def resolve(
     if activation in _NONE:
         if len(activation_args):
             raise ValueError(
-                f"activation_args: expected none without an activation, got {tuple(activation_args)}"
+                "activation_args: expected none without an activation, "
+                f"got {tuple(activation_args)}"
             )
         return None, ()
     found = ACTIVATIONS.get(activation) if isinstance(activation, str) else None
     if found is None:
         raise ValueError(
-            f"activation: expected None or one of {', '.join(sorted(ACTIVATIONS))}; got {activation!r}"
+            f"activation: expected None or one of {', '.join(sorted(ACTIVATIONS))}; "
+            f"got {activation!r}"
         )
     names = [name for name, _ in found.defaults]
     if len(activation_args) > len(names):

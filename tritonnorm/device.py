@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 
 
 @dataclass(frozen=True)
 class Device:
-    """Silicon facts of one GPU; constructible by hand, so that plans can be made and tested without it.
+    """Silicon facts of one GPU; constructible by hand, so that plans can be made and tested without
+    it.
 
     Attributes:
         name: product name, for people only.
@@ -32,7 +33,7 @@ class Device:
 
     @classmethod
     def of(cls, device: torch.device) -> Device:
-        """The description of a torch device: a GPU; for the CPU the interpreter or what is `simulated`."""
+        """Describe a GPU; for the CPU the interpreter, or what is `simulated`."""
         if device.type == "cpu":
             return _cpu
         index = device.index
@@ -58,7 +59,8 @@ _cpu = INTERPRETER
 
 @contextlib.contextmanager
 def simulated(device: Device) -> Iterator[None]:
-    """Within the context CPU tensors count as lying on ``device``: plans are made, and kernels launched, for it.
+    """Within the context CPU tensors count as lying on ``device``: plans are made, and kernels
+    launched, for it.
 
     For audits without a GPU, under a driver that records launches instead of running them.
     """
@@ -75,7 +77,7 @@ def is_simulated() -> bool:
     return _cpu is not INTERPRETER
 
 
-@lru_cache(maxsize=None)
+@cache
 def _probe(kind: str, index: int | None) -> Device:
     if kind != "cuda":
         raise ValueError(f"device: expected a CUDA or ROCm device, got {kind!r}")

@@ -1,4 +1,4 @@
-"""Batch norm as a function: the checks, the choice between kernels and PyTorch, the momentum rule."""
+"""Batch norm as a function: the checks, and the choice between kernels and PyTorch."""
 
 from __future__ import annotations
 
@@ -34,9 +34,10 @@ def batch_norm(
 ) -> Tensor:
     """``activation(batch_norm(input) + residual)``, in one pass over the data where it fits.
 
-    By default, and positionally, what `torch.nn.functional.batch_norm` is (Ioffe and Szegedy, 2015).
-    On a GPU it runs as Triton kernels; where they cannot (a CPU tensor, a dtype without kernels, an empty
-    batch, a tracer) PyTorch's own implementation and activation run instead, and the reason is logged once.
+    By default, and positionally, what `torch.nn.functional.batch_norm` is (Ioffe and Szegedy,
+    2015). On a GPU it runs as Triton kernels; where they cannot (a CPU tensor, a dtype without
+    kernels, an empty batch, a tracer) PyTorch's own implementation and activation run instead, and
+    the reason is logged once.
 
     Args:
         input: ``[N, C, ...]`` float16, bfloat16, float32 or float64, of any strides.
@@ -45,11 +46,12 @@ def batch_norm(
         weight: ``[C]`` scale, the dtype of ``input`` or float32; None is 1.
         bias: ``[C]`` shift, likewise; None is 0.
         training: normalize with the statistics of this batch, else with the running ones.
-        momentum: weight of this batch in the running statistics; None weighs all batches equally and
-            needs ``num_batches_tracked``.
+        momentum: weight of this batch in the running statistics; None weighs all batches equally
+            and needs ``num_batches_tracked``.
         eps: added to the variance.
         activation: a name of `tritonnorm.activation.ACTIVATIONS`, or None.
-        activation_args: its parameters, as in `torch.nn.functional` (``negative_slope``, ``alpha``, ...).
+        activation_args: its parameters, as in `torch.nn.functional` (``negative_slope``, ``alpha``,
+            ...).
         residual: added before the activation; shape, dtype and device of ``input``.
         num_batches_tracked: int64 scalar, incremented in place if training.
 
@@ -58,8 +60,8 @@ def batch_norm(
 
     Raises:
         ValueError: an argument is of the wrong shape, dtype, device or name; the message names it.
-        RuntimeError: a C-vector of the wrong length, or no running statistics when not training; the type
-            is PyTorch's own.
+        RuntimeError: a C-vector of the wrong length, or no running statistics when not training;
+            the type is PyTorch's own.
     """
     act, act_args = activations.resolve(activation, activation_args)
     tensors = (input, running_mean, running_var, weight, bias, residual, num_batches_tracked)
@@ -76,11 +78,11 @@ def batch_norm(
             input, running_mean, running_var, weight, bias, training, momentum, eps, act, act_args,
             residual, num_batches_tracked,
         )  # fmt: skip
-    from . import ops
+    from . import autograd
 
     if not training:
         num_batches_tracked = None
-    return ops.batch_norm(
+    return autograd.batch_norm(
         input, residual, weight, bias, running_mean, running_var, num_batches_tracked,
         training, momentum, eps, act.name if act else "", act_args,
     )  # fmt: skip
@@ -143,7 +145,9 @@ def _check(
                 f"got {tuple(residual.shape)}"
             )
         if residual.dtype != input.dtype:
-            raise ValueError(f"residual: expected the dtype of input {input.dtype}, got {residual.dtype}")
+            raise ValueError(
+                f"residual: expected the dtype of input {input.dtype}, got {residual.dtype}"
+            )
         _check_device("residual", residual, input)
 
 
@@ -153,7 +157,7 @@ def _check_device(name: str, tensor: Tensor, input: Tensor) -> None:
 
 
 def _overridden(tensors: tuple[Tensor | None, ...]) -> str | None:
-    """A reason to hand the whole call to PyTorch unseen: tracers, functional transforms, tensor subclasses."""
+    """A reason to hand the whole call to PyTorch unseen, or None."""
     if has_torch_function(tensors):
         return "an argument overrides torch functions (a tracer or a tensor subclass)"
     if torch.jit.is_tracing() or torch.jit.is_scripting():

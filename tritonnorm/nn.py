@@ -1,7 +1,9 @@
-"""Modules that take the place of torch.nn's: same constructor, same state_dict, subclasses of the originals.
+"""Modules that take the place of torch.nn's: same constructor, same state_dict, subclasses of the
+originals.
 
-Each computes ``activation(batch_norm(input) + residual)``. They differ from their originals by two attributes,
-``activation`` and ``activation_args``, and by the optional second argument of ``forward``.
+Each computes ``activation(batch_norm(input) + residual)``. They differ from their originals by two
+attributes, ``activation`` and ``activation_args``, and by the optional second argument of
+``forward``.
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ class _FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     ) -> None:
         act, _ = resolve(activation, activation_args)
         options = {"bias": bias} if _HAS_BIAS_ARGUMENT else {}
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **options)
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device, dtype, **options
+        )
         if not bias and not _HAS_BIAS_ARGUMENT:
             self.register_parameter("bias", None)
         self.activation = act.name if act else None
@@ -70,7 +74,8 @@ class _FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             self.weight,
             self.bias,
             self.training or (self.running_mean is None and self.running_var is None),
-            # Without a counter a cumulative average has nothing to count: torch leaves the buffers alone.
+            # Without a counter a cumulative average has nothing to count: torch leaves the buffers
+            # alone.
             0.0 if self.momentum is None and counter is None else self.momentum,
             self.eps,
             activation=self.activation,

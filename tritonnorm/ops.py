@@ -1,9 +1,11 @@
-"""The operators: schema, fake, autograd, and the execution of a plan.
+"""The operators: schema, fake, and the execution of a plan.
 
-Three operators carry everything: `batch_norm_training`, `batch_norm_inference` and `batch_norm_backward`
-in the namespace ``tritonnorm``. They are defined with `torch.library.Library.define`, the form that costs
-least per call, and pass through torch.compile as they are. Their implementations allocate the outputs,
-describe the problem, ask for a plan and run it. Arguments are checked above, in `functional`.
+Three operators carry everything: `batch_norm_training`, `batch_norm_inference` and
+`batch_norm_backward` in the namespace ``tritonnorm``. They are defined with
+`torch.library.Library.define`, the form that costs least per call, and pass through torch.compile
+as they are. Their implementations allocate the outputs, describe the problem, ask for a plan and
+run it. Arguments are
+checked above, in `functional`; gradients are attached there too, by `autograd`.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
 from .activation import ACTIVATIONS
 from .device import Device
 from .kernels.base import BackwardArguments, EpilogueArguments, ForwardArguments
@@ -39,9 +40,9 @@ _library.define(
     tags=_tags,
 )
 _library.define(
-    "batch_norm_backward(Tensor grad, Tensor input, Tensor? residual, Tensor? mask, Tensor? weight, "
-    "Tensor? bias, Tensor mean, Tensor rstd, bool batch_statistics, str activation, "
-    "float[] activation_args, bool[] needs) "
+    "batch_norm_backward(Tensor grad, Tensor input, Tensor? residual, Tensor? mask, "
+    "Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, bool batch_statistics, "
+    "str activation, float[] activation_args, bool[] needs) "
     "-> (Tensor dinput, Tensor dresidual, Tensor dweight, Tensor dbias)",
     tags=_tags,
 )
@@ -55,7 +56,9 @@ def activity(activation: str) -> Activity:
 
 
 @lru_cache(maxsize=4096)
-def _layout(sizes: tuple[int, ...], strides: tuple[int, ...]) -> tuple[View | None, tuple[int, ...]]:
+def _layout(
+    sizes: tuple[int, ...], strides: tuple[int, ...]
+) -> tuple[View | None, tuple[int, ...]]:
     """The view of a tensor (None if it has none), and the strides of its dense twin."""
     return _view(sizes, strides)
 
@@ -67,7 +70,8 @@ def _view(sizes: Any, strides: Any) -> tuple[View | None, Any]:
 
 
 def _located(x: Tensor) -> tuple[Tensor, View, tuple[int, ...]]:
-    """The tensor, or a dense copy where its strides have no view; its view; the strides of a dense twin."""
+    """The tensor, or a dense copy where its strides have no view; its view; the strides of a dense
+    twin."""
     view, dense = _layout(tuple(x.shape), x.stride())
     if view is None:
         x = torch.empty_like(x).copy_(x)
@@ -206,7 +210,8 @@ def _backward(
     activation_args: Sequence[float],
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``needs``: which of dinput, dresidual, dweight, dbias to compute; the others come back empty."""
+    """``needs``: which of dinput, dresidual, dweight, dbias to compute; the others come back
+    empty."""
     x, view, dense = _located(input)
     problem = Problem(
         "backward",
@@ -256,7 +261,9 @@ def _gradients(
     )
 
 
-def _fake_forward(x: Tensor, statistics: bool, save_mask: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_forward(
+    x: Tensor, statistics: bool, save_mask: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     y = torch.empty_like(x)
     view, _ = _view(y.shape, y.stride())
     assert view is not None
@@ -289,100 +296,6 @@ def _(grad: Tensor, input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, 
     return _gradients(input, weight, bias, needs)
 
 
-class BatchNormFunction(torch.autograd.Function):
-    """Gradients for the two forward operators; a second derivative goes through plain PyTorch."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        residual: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        counter: Tensor | None,
-        batch_statistics: bool,
-        momentum: float | None,
-        eps: float,
-        activation: str,
-        activation_args: tuple[float, ...],
-    ) -> Tensor:
-        save_mask = residual is not None and activity(activation) == "two_valued"
-        ops = torch.ops.tritonnorm
-        if batch_statistics:
-            y, mean, rstd, mask = ops.batch_norm_training.default(
-                x, residual, weight, bias, running_mean, running_var, counter,
-                momentum, eps, activation, activation_args, save_mask,
-            )  # fmt: skip
-        else:
-            y, mean, rstd, mask = ops.batch_norm_inference.default(
-                x, residual, weight, bias, running_mean, running_var,
-                eps, activation, activation_args, True, save_mask,
-            )  # fmt: skip
-        kept = residual if residual is not None and activity(activation) == "smooth" else None
-        ctx.save_for_backward(x, kept, mask if save_mask else None, weight, bias, mean, rstd)
-        ctx.options = (batch_statistics, activation, activation_args)
-        ctx.eps = eps
-        ctx.has_residual = residual is not None
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, residual, mask, weight, bias, mean, rstd = ctx.saved_tensors
-        batch_statistics, activation, activation_args = ctx.options
-        needs = [
-            ctx.needs_input_grad[0],
-            ctx.needs_input_grad[1],
-            weight is not None and ctx.needs_input_grad[2],
-            bias is not None and ctx.needs_input_grad[3],
-        ]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            found = _differentiable_backward(ctx, grads[0], needs)
-        else:
-            found = torch.ops.tritonnorm.batch_norm_backward.default(
-                grads[0], x, residual, mask, weight, bias, mean, rstd,
-                batch_statistics, activation, activation_args, needs,
-            )  # fmt: skip
-        gradients = [g if needed else None for g, needed in zip(found, needs, strict=True)]
-        return (*gradients, *(None,) * 8)
-
-
-def _differentiable_backward(
-    ctx: Any, dy: Tensor, needs: Sequence[bool]
-) -> tuple[Tensor | None, ...]:
-    """The backward as PyTorch operations on the saved tensors, so that it has derivatives itself."""
-    x, residual, mask, weight, bias, mean, rstd = ctx.saved_tensors
-    batch_statistics, activation, activation_args = ctx.options
-    wide = torch.promote_types(x.dtype, mean.dtype)
-    x_, dy_, residual_, weight_, bias_ = (
-        None if t is None else t.to(wide) for t in (x, dy, residual, weight, bias)
-    )
-    if batch_statistics:
-        mean, var = reference.statistics(x_)
-    else:
-        var = rstd.square().reciprocal() - ctx.eps
-    v = reference.pre_activation(x_, mean, var, weight_, bias_, residual_, ctx.eps)
-    if mask is not None:
-        slopes = ACTIVATIONS[activation].slopes
-        assert slopes is not None
-        through, shut = slopes(*activation_args)
-        g = torch.where(unpack_mask(mask, x), dy_ * through, dy_ * shut)
-    elif activation:
-        y = ACTIVATIONS[activation].function(v, *activation_args)
-        (g,) = torch.autograd.grad(y, v, dy_, create_graph=True)
-    else:
-        g = dy_
-    wanted = [
-        t for t, n in zip((x, weight, bias), (needs[0], needs[2], needs[3]), strict=True) if n
-    ]
-    found = iter(torch.autograd.grad(v, wanted, g, create_graph=True) if wanted else ())
-    dx = next(found) if needs[0] else None
-    dweight = next(found) if needs[2] else None
-    dbias = next(found) if needs[3] else None
-    return dx, g.to(x.dtype) if needs[1] else None, dweight, dbias
-
-
 def unpack_mask(mask: Tensor, x: Tensor) -> Tensor:
     """The bits of a mask as a boolean tensor of the shape of ``x``."""
     _, view, dense = _located(x)
@@ -390,38 +303,3 @@ def unpack_mask(mask: Tensor, x: Tensor) -> Tensor:
     bits = (rows[:, :, None] >> torch.arange(8, device=mask.device)) & 1
     in_memory_order = bits.reshape(rows.shape[0], -1)[:, : view.fast].reshape(-1).bool()
     return in_memory_order.as_strided(x.shape, dense)
-
-
-def batch_norm(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    counter: Tensor | None,
-    batch_statistics: bool,
-    momentum: float | None,
-    eps: float,
-    activation: str,
-    activation_args: tuple[float, ...],
-) -> Tensor:
-    """The operator that the call needs: with autograd if a gradient can be asked for, else without."""
-    differentiable = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, residual, weight, bias)
-    )
-    if differentiable:
-        return BatchNormFunction.apply(
-            x, residual, weight, bias, running_mean, running_var, counter,
-            batch_statistics, momentum, eps, activation, activation_args,
-        )  # fmt: skip
-    ops = torch.ops.tritonnorm
-    if batch_statistics:
-        return ops.batch_norm_training.default(
-            x, residual, weight, bias, running_mean, running_var, counter,
-            momentum, eps, activation, activation_args, False,
-        )[0]  # fmt: skip
-    return ops.batch_norm_inference.default(
-        x, residual, weight, bias, running_mean, running_var,
-        eps, activation, activation_args, False, False,
-    )[0]  # fmt: skip

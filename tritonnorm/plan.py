@@ -1,8 +1,9 @@
 """Which algorithm computes a problem, in which configuration, and why.
 
-`choose` is pure: the same problem, device and tables give the same plan, without a GPU too. `plan` is its
-cached wrapper that the ops call. The order of authority: forced > tables (in the order given: the user's
-cache, the shipped table of this GPU, the nearest entry of its architecture) > formula. Nothing is timed.
+`choose` is pure: the same problem, device and tables give the same plan, without a GPU too. `plan`
+is its cached wrapper that the ops call. The order of authority: forced > tables (in the order
+given: the user's cache, the shipped table of this GPU, the nearest entry of its architecture) >
+formula. Nothing is timed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from .problem import Problem, minimum_bytes
 
 @dataclass(frozen=True)
 class Plan:
-    """An algorithm, its configuration, and what decided ("forced", a table's name, or "formula")."""
+    """An algorithm, its configuration, and what decided ("forced", a table's name, or
+    "formula")."""
 
     algorithm: str
     config: Config

@@ -1,7 +1,8 @@
-"""What is to be computed, without the data: the memory view of a tensor, the problem, and its fewest bytes."""
+"""What is to be computed, without the data: memory view, problem, fewest bytes."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -15,14 +16,16 @@ Activity = Literal["none", "two_valued", "smooth"]
 class View:
     """A tensor of any rank and memory order, seen as N samples of C channels of P positions.
 
-    All dimensions but the channels are interchangeable to a batch norm. Those outside the channels in
-    memory merge into N, those inside into P; with none inside, N becomes P. So a dense tensor has one of
-    two memory orders, ``[N, C, P]`` (NCHW) or ``[P, C]`` with N = 1 (channels last, and ``(N, C)`` input).
+    All dimensions but the channels are interchangeable to a batch norm. Those outside the channels
+    in memory merge into N, those inside into P; with none inside, N becomes P. So a dense tensor
+    has one of two memory orders, ``[N, C, P]`` (NCHW) or ``[P, C]`` with N = 1 (channels last, and
+    ``(N, C)`` input).
 
     Attributes:
         n, c, p: extents.
         channels_last: the dense order is ``[P, C]``.
-        strides: ``(s_n, s_c, s_p)`` of the tensor in elements, or None if it is dense in that order.
+        strides: ``(s_n, s_c, s_p)`` of the tensor in elements, or None if it is dense in that
+            order.
     """
 
     n: int
@@ -59,7 +62,8 @@ class View:
         Args:
             sizes: its sizes, channels second; none of them 0.
             strides: its strides in elements, any.
-            dense_strides: strides of a dense tensor of these sizes: those of ``torch.empty_like(tensor)``.
+            dense_strides: strides of a dense tensor of these sizes: those of
+                ``torch.empty_like(tensor)``.
 
         Returns:
             The view, or None if the tensor's own strides do not merge in that order (crop it in two
@@ -89,8 +93,9 @@ def _extent(dims: Sequence[int], sizes: Sequence[int]) -> int:
 
 
 def _merged_stride(dims: Sequence[int], sizes: Sequence[int], strides: Sequence[int]) -> int | None:
-    """The one stride of dimensions given from outer to inner, 0 if there are none, None if they do not merge."""
-    for upper, lower in zip(dims, dims[1:], strict=False):
+    """The one stride of dimensions given from outer to inner, 0 if there are none, None if they do
+    not merge."""
+    for upper, lower in itertools.pairwise(dims):
         if strides[upper] != sizes[lower] * strides[lower]:
             return None
     return strides[dims[-1]] if dims else 0
@@ -98,7 +103,8 @@ def _merged_stride(dims: Sequence[int], sizes: Sequence[int], strides: Sequence[
 
 @dataclass(frozen=True)
 class Problem:
-    """One launch of a batch norm, forward or backward: everything a plan may depend on, and no data.
+    """One launch of a batch norm, forward or backward: everything a plan may depend on, and no
+    data.
 
     Attributes:
         direction: "forward" or "backward".
@@ -129,7 +135,8 @@ class Problem:
 
     @property
     def vector(self) -> int:
-        """The largest power of two, up to 16, that divides the contiguous extent: what vector width it allows."""
+        """The largest power of two, up to 16, that divides the contiguous extent: what vector width
+        it allows."""
         return min(16, self.view.fast & -self.view.fast)
 
     @property
@@ -159,10 +166,12 @@ class Problem:
 
 
 def minimum_bytes(problem: Problem) -> int:
-    """The fewest bytes a problem moves through DRAM: each tensor once; per-channel vectors are left out.
+    """The fewest bytes a problem moves through DRAM: each tensor once; per-channel vectors are left
+    out.
 
-    In units of S, the bytes of x: forward 2 (+1 with a residual), backward 3 (dy, x, dx), one more for
-    each of a written dresidual and a residual that must be read again; a mask costs S/16 for 16-bit x.
+    In units of S, the bytes of x: forward 2 (+1 with a residual), backward 3 (dy, x, dx), one more
+    for each of a written dresidual and a residual that must be read again; a mask costs S/16 for
+    16-bit x.
     """
     tensors = problem.reads_input + problem.reads_residual
     if problem.direction == "forward":

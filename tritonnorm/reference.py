@@ -1,22 +1,33 @@
-"""The specification: batch norm forward and backward in plain PyTorch, in float64 unless told otherwise.
+"""The specification: batch norm forward and backward in plain PyTorch, in float64.
 
 The kernels are held to these functions. They are written to be read, not to be fast.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .activation import apply, resolve
+from .activation import Activation, resolve
+
+# PyTorch's CPU gradient of hardsigmoid has 1/6 in float32 precision, in float64 too.
+EXACT: dict[str, Callable[..., Tensor]] = {
+    "hardsigmoid": lambda x: torch.where(x.abs() < 3.0, (x + 3.0) / 6.0, F.hardsigmoid(x.detach()))
+}
+
+
+def apply(activation: Activation | None, args: Sequence[float], x: Tensor) -> Tensor:
+    """The activation of `x`, exact in float64 forward and backward."""
+    return x if activation is None else EXACT.get(activation.name, activation.function)(x, *args)
 
 
 @dataclass(frozen=True)
 class Forward:
-    """Result of `forward`: the output, and the statistics it was normalized with (``var`` is biased)."""
+    """Result of `forward`: the output, and the statistics it was normalized with (biased var)."""
 
     y: Tensor
     mean: Tensor
@@ -57,7 +68,8 @@ def pre_activation(
     residual: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """``(x - mean) / sqrt(var + eps) * weight + bias + residual``, differentiable in all of them."""
+    """``(x - mean) / sqrt(var + eps) * weight + bias + residual``, differentiable in all of
+    them."""
     v = (x - channels(mean, x)) * channels(torch.rsqrt(var + eps), x)
     if weight is not None:
         v = v * channels(weight, x)
@@ -90,9 +102,9 @@ def forward(
         if running_mean is None or running_var is None:
             raise ValueError("running_mean, running_var: must be given when training=False")
         mean, var = running_mean.to(dtype), running_var.to(dtype)
-    cast = [None if t is None else t.to(dtype) for t in (weight, bias, residual)]
+    w, b, z = (None if t is None else t.to(dtype) for t in (weight, bias, residual))
     found, args = resolve(activation, activation_args)
-    return Forward(apply(found, args, pre_activation(x, mean, var, *cast, eps)), mean, var)
+    return Forward(apply(found, args, pre_activation(x, mean, var, w, b, z, eps)), mean, var)
 
 
 def backward(
@@ -109,17 +121,18 @@ def backward(
     residual: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Backward:
-    """Gradients of `forward` for the upstream gradient ``dy``; ``mean`` and ``var`` are those it used.
+    """Gradients of `forward` for the upstream gradient ``dy``; ``mean`` and ``var`` are those it
+    used.
 
     With g the gradient at the pre-activation, n values per channel and r = 1 / sqrt(var + eps):
     dbias = sum g, dweight = r sum g (x - mean), and in training
     dx = weight r (g - dbias / n - (x - mean) r dweight / n).
     """
     dy, x, mean, var = (t.to(dtype) for t in (dy, x, mean, var))
-    cast = [None if t is None else t.to(dtype) for t in (weight, bias, residual)]
+    w, b, z = (None if t is None else t.to(dtype) for t in (weight, bias, residual))
     found, args = resolve(activation, activation_args)
     with torch.enable_grad():
-        v = pre_activation(x, mean, var, *cast, eps).detach().requires_grad_()
+        v = pre_activation(x, mean, var, w, b, z, eps).detach().requires_grad_()
         (g,) = torch.autograd.grad(apply(found, args, v), v, dy) if found else (dy,)
     r = torch.rsqrt(var + eps)
     centred = x - channels(mean, x)
@@ -143,7 +156,8 @@ def updated_running(
 ) -> tuple[Tensor, Tensor]:
     """Running mean and (unbiased) variance after a batch of ``count`` values per channel.
 
-    ``momentum`` None is the cumulative average over ``num_batches_tracked`` batches, this one included.
+    ``momentum`` None is the cumulative average over ``num_batches_tracked`` batches, this one
+    included.
     """
     weight = 1.0 / num_batches_tracked if momentum is None else momentum
     unbiased = var * (count / max(count - 1, 1))

@@ -7,7 +7,7 @@ import os
 
 #: Names and meanings, as documented in docs/environment.md.
 VARIABLES = {
-    "TRITONNORM_LOG": "Log level of the `tritonnorm` logger: DEBUG, INFO, WARNING (default), ERROR.",
+    "TRITONNORM_LOG": "Level of the `tritonnorm` logger: DEBUG, INFO, WARNING (default), ERROR.",
     "TRITONNORM_DISABLE": "1 sends every call to PyTorch's own implementation.",
 }
 
@@ -26,7 +26,8 @@ def disabled() -> bool:
 
 
 def interpreting() -> bool:
-    """Whether Triton's interpreter is on (TRITON_INTERPRET=1, read by Triton when it is imported)."""
+    """Whether Triton's interpreter is on (TRITON_INTERPRET=1, read by Triton when it is
+    imported)."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 

@@ -1,8 +1,10 @@
-"""Activations as pairs of device functions of the pre-activation v: the value, and the gradient g * f'(v).
+"""Activations as pairs of device functions of the pre-activation v: the value, and the gradient g *
+f'(v).
 
-Each is defined as PyTorch defines it, at the boundaries and for NaN and infinity too. A and B are its parameters,
-compile-time constants, None where it has fewer. A derivative that takes only two values is split into a *gate*, the
-predicate that tells which, and the *gated* gradient: one bit per element then replaces the pre-activation.
+Each is defined as PyTorch defines it, at the boundaries and for NaN and infinity too. A and B are
+its parameters, compile-time constants, None where it has fewer. A derivative that takes only two
+values is split into a *gate*, the predicate that tells which, and the *gated* gradient: one bit per
+element then replaces the pre-activation.
 """
 
 from typing import NamedTuple
@@ -13,7 +15,7 @@ import triton.language as tl
 
 @triton.jit
 def _expm1(v):
-    """exp(v) - 1 without cancellation: Taylor below 0.5 (1/10! * 0.5^10 < 2^-31; 1/18! * 0.5^18 < 2^-70)."""
+    """exp(v) - 1 without cancellation: below 0.5 a Taylor series, 0.5^10 / 11! < 2^-35."""
     TERMS: tl.constexpr = 18 if v.dtype == tl.float64 else 10
     small = tl.where(tl.abs(v) < 0.5, v, 0.0)
     series = tl.full(v.shape, 1.0, v.dtype)
@@ -24,7 +26,7 @@ def _expm1(v):
 
 @triton.jit
 def _log1p(e):
-    """log(1 + e) for e in [0, 1] as 2 atanh(s), s = e / (2 + e) <= 1/3; the series stops below rounding."""
+    """log(1 + e) for e in [0, 1], as 2 atanh(s) with s = e / (2 + e) <= 1/3."""
     TERMS: tl.constexpr = 17 if e.dtype == tl.float64 else 9
     s = e / (2.0 + e)
     square = s * s
@@ -192,7 +194,7 @@ def mish_gradient(v, g, A: tl.constexpr, B: tl.constexpr):
 
 
 class Epilogue(NamedTuple):
-    """The device functions of one activation: the `gradient` of a smooth one, or `gate` and `gated`."""
+    """Device functions of one activation: `gradient` of a smooth one, else `gate` and `gated`."""
 
     forward: object
     gradient: object = None
@@ -219,7 +221,7 @@ EPILOGUES = {
 
 @triton.jit
 def affine_parameters(c, C, rstd, weight_ptr, bias_ptr):
-    """Scale ``weight * rstd`` and shift ``bias`` of a channel block, accumulator dtype; None means 1 and 0."""
+    """Scale ``weight * rstd`` and shift ``bias`` of a channel block; None means 1 and 0."""
     scale = rstd
     shift = tl.zeros_like(rstd)
     if weight_ptr is not None:
@@ -237,7 +239,7 @@ def pre_activation(
     scale,  # [BLOCK_C] weight * rstd
     shift,  # [BLOCK_C] bias
 ):
-    """(x - mean) * scale + shift + residual; the subtraction first, so that a large mean costs no digits."""
+    """(x - mean) * scale + shift + residual, subtraction first: a large mean costs no digits."""
     v = (x - mean[:, None]) * scale[:, None] + shift[:, None]
     if residual is not None:
         v += residual

@@ -1,7 +1,8 @@
 """Statistics: mean and centred second moment, never E[x^2] - E[x]^2.
 
-A tile is reduced in two passes over registers; tiles and splits are merged with the formula of Chan, Golub
-and LeVeque (1979). Sums run in a fixed order, so the same plan gives the same bits twice.
+A tile is reduced in two passes over registers; tiles and splits are merged with the formula of
+Chan, Golub and LeVeque (1979). Sums run in a fixed order, so the same plan gives the same bits
+twice.
 """
 
 import triton
@@ -21,7 +22,7 @@ def tile_moments(x, mask, count):
 
 @triton.jit
 def merge_moments(count, mean, m2, tile_count, tile_mean, tile_m2):
-    """Merge the moments of a tile into running ones (Chan et al.); counts are floats of the accumulator dtype."""
+    """Merge the moments of a tile into running ones (Chan et al.); counts are floats."""
     total = count + tile_count
     share = tile_count / total
     delta = tile_mean - mean

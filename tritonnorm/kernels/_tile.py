@@ -1,9 +1,10 @@
 """Addresses: where a tile of a [N, C, P] tensor lies in memory.
 
-A tile is ``[BLOCK_C, BLOCK_N * BLOCK_P]``: channels by (sample, position). The samples and positions of
-one channel are cut into chunks of ``BLOCK_N`` samples by ``BLOCK_P`` positions, numbered sample-major.
-A dense tensor has one of two memory orders: channels in the middle, ``[N, C, P]``, or channels last,
-``[P, C]`` with N = 1 (`tritonnorm.problem.View` merges every layout into one of them).
+A tile is ``[BLOCK_C, BLOCK_N * BLOCK_P]``: channels by (sample, position). The samples and
+positions of one channel are cut into chunks of ``BLOCK_N`` samples by ``BLOCK_P`` positions,
+numbered sample-major. A dense tensor has one of two memory orders: channels in the middle, ``[N, C,
+P]``, or channels last, ``[P, C]`` with N = 1 (`tritonnorm.problem.View` merges every layout into
+one of them).
 """
 
 import triton
@@ -12,7 +13,7 @@ import triton.language as tl
 
 @triton.jit
 def hint_fast_axis(C, P, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """Tell the compiler that VEC divides the extent of the contiguous axis, which widens its accesses."""
+    """Tell the compiler that VEC divides the contiguous extent, which widens its accesses."""
     if CHANNELS_LAST:
         C = C // VEC * VEC
     else:
@@ -71,8 +72,8 @@ def frame(
 ):
     """What the tiles of all chunks have in common, so that no chunk keeps addresses of its own.
 
-    Columns of a tile (sample, position), then for dense tensors the strides of samples and positions and
-    the offsets from a chunk's origin, then the same three for the input.
+    Columns of a tile (sample, position), then for dense tensors the strides of samples and
+    positions and the offsets from a chunk's origin, then the same three for the input.
     """
     lane_n, lane_p = lanes(BLOCK_N, BLOCK_P)
     s_n, s_c, s_p = dense_strides(C, P, CHANNELS_LAST)
@@ -101,8 +102,8 @@ def bit_offsets(
 ):
     """Offsets and validity of the bytes of a tile of a bit mask.
 
-    The mask has the rows of the tensor (``[N, C]`` rows of P bits, or ``[P]`` rows of C bits), each padded
-    to whole bytes, so that it does not depend on how the tensor was tiled.
+    The mask has the rows of the tensor (``[N, C]`` rows of P bits, or ``[P]`` rows of C bits), each
+    padded to whole bytes, so that it does not depend on how the tensor was tiled.
     """
     if CHANNELS_LAST:
         c = c0 + tl.arange(0, BLOCK_C // 8) * 8
@@ -120,7 +121,8 @@ def bit_offsets(
 
 @triton.jit
 def pack_bits(bits, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """Pack a boolean tile [BLOCK_C, BLOCK_M] into bytes along the contiguous axis; bit i is element 8j + i."""
+    """Pack a boolean tile [BLOCK_C, BLOCK_M] into bytes along the contiguous axis; bit i is element
+    8j + i."""
     place = tl.arange(0, 8)
     if CHANNELS_LAST:
         grouped = tl.reshape(bits.to(tl.int32), [BLOCK_C // 8, 8, BLOCK_M])

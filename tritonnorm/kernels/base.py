@@ -1,4 +1,4 @@
-"""What every algorithm shares: its configuration, its arguments, its interface, and the one way to launch."""
+"""What every algorithm shares: configuration, arguments, interface, and the one way to launch."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import torch
 import triton
 from torch import Tensor
 
-from ..device import Device
-from ..problem import Problem
+from tritonnorm.device import Device
+from tritonnorm.problem import Problem
+
 from ._epilogue import EPILOGUES, Epilogue
 
 
@@ -86,10 +87,11 @@ class EpilogueArguments:
 
 @dataclass(frozen=True)
 class ForwardArguments:
-    """Tensors and scalars of a forward launch. C-vectors are contiguous; x alone may have its own strides.
+    """Tensors and scalars of a forward launch. C-vectors are contiguous; x alone may have its own
+    strides.
 
-    With given statistics, `running_mean` and `running_var` are those and stay as they are, and `mean` and
-    `rstd` are None unless a backward will need them.
+    With given statistics, `running_mean` and `running_var` are those and stay as they are, and
+    `mean` and `rstd` are None unless a backward will need them.
     """
 
     x: Tensor  # [N, C, P] any strides
@@ -128,7 +130,8 @@ class BackwardArguments:
 
 
 class Algorithm(Protocol):
-    """One way to compute a batch norm, forward and backward. Everything about it lies in one file."""
+    """One way to compute a batch norm, forward and backward. Everything about it lies in one
+    file."""
 
     name: str
 
@@ -145,7 +148,8 @@ class Algorithm(Protocol):
         """The bytes of activations (and mask) that the kernels load and store, to the byte."""
 
     def predict(self, problem: Problem, config: Config, device: Device) -> float:
-        """Seconds that the launches should take: what the formula compares, and what a tuner may check."""
+        """Seconds that the launches should take: what the formula compares, and what a tuner may
+        check."""
 
     def forward(self, problem: Problem, config: Config, a: ForwardArguments) -> None:
         """Launch the forward kernels."""
@@ -154,8 +158,9 @@ class Algorithm(Protocol):
         """Launch the backward kernels."""
 
 
-# Seconds between the starts of two dependent small launches. A rounded estimate, to be measured: published
-# host times of a launch are 2.2 (compiled handle) to 11 microseconds (JIT) (tritonbench issue 1002).
+# Seconds between the starts of two dependent small launches. A rounded estimate, to be measured:
+# published host times of a launch are 2.2 (compiled handle) to 11 microseconds (JIT) (tritonbench
+# issue 1002).
 LAUNCH_SECONDS = 3e-6
 DEFAULT_BANDWIDTH = 1e12  # where a device does not tell its own; only ratios matter then
 
@@ -163,18 +168,21 @@ DEFAULT_BANDWIDTH = 1e12  # where a device does not tell its own; only ratios ma
 def predicted_seconds(
     device: Device, dram_bytes: float, programs: int, launches: int, programs_per_sm: int = 1
 ) -> float:
-    """Launch gaps, plus bytes over bandwidth, slower where programs are fewer than fill the device."""
+    """Launch gaps, plus bytes over bandwidth, slower where programs are fewer than fill the
+    device."""
     busy = min(1.0, programs / (device.sms * programs_per_sm))
     return launches * LAUNCH_SECONDS + dram_bytes / (device.bandwidth or DEFAULT_BANDWIDTH) / busy
 
 
 def x_strides(problem: Problem) -> tuple[int | None, int | None, int | None]:
-    """The stride arguments of x: None where x is dense, which leaves them out of the compiled kernel."""
+    """The stride arguments of x: None where x is dense, which leaves them out of the compiled
+    kernel."""
     return problem.view.strides or (None, None, None)
 
 
 def advance_counter(a: ForwardArguments) -> bool:
-    """Whether the running averages are cumulative (momentum None); if so the counter moves before the launch.
+    """Whether the running averages are cumulative (momentum None); if so the counter moves before
+    the launch.
 
     Every program then reads the new count, and none of them writes it. The host never waits for it.
     """
@@ -184,7 +192,9 @@ def advance_counter(a: ForwardArguments) -> bool:
     return True
 
 
-def launch(kernel: Any, grid: tuple[int, ...], x: Tensor, *args: Any, num_warps: int, **meta: Any) -> None:
+def launch(
+    kernel: Any, grid: tuple[int, ...], x: Tensor, *args: Any, num_warps: int, **meta: Any
+) -> None:
     """Launch a kernel on the device of `x`.
 
     Floating-point fusion is asked for explicitly: Triton 3.10 changes its default.
@@ -197,8 +207,8 @@ def launch(kernel: Any, grid: tuple[int, ...], x: Tensor, *args: Any, num_warps:
 def power_of_two_blocks(extent: int, limit: int, floor: int) -> int:
     """The power of two between `floor` and `limit` that covers an extent with the least padding.
 
-    Never longer than the extent needs. Padding wastes issue slots, not bandwidth, so up to 1/16 more of it
-    is accepted for a larger block.
+    Never longer than the extent needs. Padding wastes issue slots, not bandwidth, so up to 1/16
+    more of it is accepted for a larger block.
     """
     best = min(limit, triton.next_power_of_2(extent))
     floor = min(floor, best)
@@ -207,14 +217,17 @@ def power_of_two_blocks(extent: int, limit: int, floor: int) -> int:
         candidates.append(candidates[-1] // 2)
     padded = [triton.cdiv(extent, b) * b for b in candidates]
     least = min(padded)
-    return next(b for b, size in zip(candidates, padded, strict=True) if size <= least + least // 16)
+    return next(
+        b for b, size in zip(candidates, padded, strict=True) if size <= least + least // 16
+    )
 
 
 def tile_shape(problem: Problem, elements: int, max_block_c: int) -> tuple[int, int, int]:
     """A tile ``(block_c, block_n, block_p)`` of about `elements` that keeps contiguous runs long.
 
-    Channels last: channels first, up to `max_block_c`, then positions. Otherwise one channel, positions
-    first (at least 64, or the whole plane: 128 bytes of 16-bit data, a cache line), then samples.
+    Channels last: channels first, up to `max_block_c`, then positions. Otherwise one channel,
+    positions first (at least 64, or the whole plane: 128 bytes of 16-bit data, a cache line), then
+    samples.
     """
     view = problem.view
     bits = 8 if problem.mask else 1  # a mask packs eight neighbours of the contiguous axis

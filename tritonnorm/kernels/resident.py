@@ -1,7 +1,7 @@
 """A channel block stays in the registers of one program: one read, one write, one launch.
 
-Forward moves 2S, backward 3S. The variance is exact: the mean first, then the squared deviations from it,
-both over data at hand. No program waits for another.
+Forward moves 2S, backward 3S. The variance is exact: the mean first, then the squared deviations
+from it, both over data at hand. No program waits for another.
 """
 
 from dataclasses import replace
@@ -9,8 +9,9 @@ from dataclasses import replace
 import triton
 import triton.language as tl
 
-from ..device import Device
-from ..problem import Problem, minimum_bytes
+from tritonnorm.device import Device
+from tritonnorm.problem import Problem, minimum_bytes
+
 from . import _epilogue as epilogue
 from . import _moments as moments
 from . import _tile as tile
@@ -25,8 +26,9 @@ from .base import (
     x_strides,
 )
 
-# Warps of a program -> 32-bit registers a thread may spend on the tensors it keeps; the rest is for addresses
-# and reductions. The compile audit shows no spill within them on sm_80, sm_90, sm_100 and gfx942.
+# Warps of a program -> 32-bit registers a thread may spend on the tensors it keeps; the rest is for
+# addresses and reductions. The compile audit shows no spill within them on sm_80, sm_90, sm_100 and
+# gfx942.
 PAYLOAD = {4: 64, 8: 64, 16: 32}
 TILE = 4096  # elements of a chunk, at least one 16-byte access for every thread
 
@@ -144,7 +146,8 @@ def backward_kernel(
     BLOCK_P: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
 ):
-    """All gradients of one channel block; x and g = dy * act' stay in registers, in the dtype of x."""
+    """All gradients of one channel block; x and g = dy * act' stay in registers, in the dtype of
+    x."""
     ACC: tl.constexpr = rstd_ptr.dtype.element_ty
     C, P = tile.hint_fast_axis(C, P, VEC, CHANNELS_LAST)
     c0 = tl.program_id(0) * BLOCK_C
@@ -199,12 +202,15 @@ def backward_kernel(
             valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
             base = n0 * s_n + p0 * s_p
             x = xs[chunk].to(ACC)
-            dx = (gs[chunk] - mean_g[:, None] - (x - mean[:, None]) * slope[:, None]) * scale[:, None]
+            dx = (gs[chunk] - mean_g[:, None] - (x - mean[:, None]) * slope[:, None]) * scale[
+                :, None
+            ]
             tl.store(dx_ptr + base + lane, dx.to(dx_ptr.dtype.element_ty), mask=valid)
 
 
 def registers_kept(problem: Problem) -> float:
-    """32-bit registers that one element occupies: x as it is, and in backward the gradient g as well."""
+    """32-bit registers that one element occupies: x as it is, and in backward the gradient g as
+    well."""
     own = problem.dtype.itemsize / 4
     return own if problem.direction == "forward" else own + problem.accumulator.itemsize / 4
 
@@ -265,7 +271,9 @@ class Resident:
         limit = max(TILE, least)
         if view.channels_last:
             block_c = max(bits, min(max_block_c, triton.next_power_of_2(view.c)))
-            return Config(block_c, 1, power_of_two_blocks(view.p, limit // block_c, least // block_c))
+            return Config(
+                block_c, 1, power_of_two_blocks(view.p, limit // block_c, least // block_c)
+            )
         block_p = max(bits, power_of_two_blocks(view.p, limit, 64))
         block_n = power_of_two_blocks(view.n, limit // block_p, max(1, least // block_p))
         return Config(1, block_n, block_p)

@@ -1,30 +1,20 @@
 """Any size, any channel count: a channel is shared by as many programs as fill the device.
 
-Forward: partial moments per split -> combine -> apply; x is read twice and y written once (3S). Backward:
-partial sums -> combine -> gradients; x and dy are read twice and dx written once (5S). The second pass
-walks in reverse, so what still lies in the L2 cache is not read from DRAM again. Everything is combined in
-a fixed order, without atomics: the same plan gives the same bits.
+Forward: partial moments per split -> combine -> apply; x is read twice and y written once (3S).
+Backward: partial sums -> combine -> gradients; x and dy are read twice and dx written once (5S).
+The second pass walks in reverse, so what still lies in the L2 cache is not read from DRAM again.
+Everything is combined in a fixed order, without atomics: the same plan gives the same bits.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from ..device import Device
-from ..problem import Problem, minimum_bytes
+from tritonnorm.device import Device
+from tritonnorm.problem import Problem, minimum_bytes
+
 from . import _moments as moments
 from . import _tile as tile
-from .affine import (
-    COMBINE,
-    PROGRAMS_PER_SM,
-    launch_apply,
-    launch_combine_sums,
-    launch_gradient,
-    partial_sums,
-    splits_for,
-    streaming_candidates,
-    streaming_config,
-)
 from .base import (
     BackwardArguments,
     Config,
@@ -33,6 +23,16 @@ from .base import (
     launch,
     predicted_seconds,
     x_strides,
+)
+from .streaming import (
+    COMBINE,
+    launch_apply,
+    launch_combine_sums,
+    launch_gradient,
+    partial_sums,
+    splits_for,
+    streaming_candidates,
+    streaming_config,
 )
 
 
@@ -97,7 +97,8 @@ def combine_moments_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """Merge the moments of all splits (all means first, then all deviations), finish the statistics."""
+    """Merge the moments of all splits (all means first, then all deviations), finish the
+    statistics."""
     ACC: tl.constexpr = mean_ptr.dtype.element_ty
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     plane = tl.cast(SPLITS, tl.int64) * C
@@ -132,7 +133,7 @@ class Split:
         return None if problem.batch_statistics else "the statistics are given"
 
     def heuristic(self, problem: Problem, device: Device) -> Config:
-        return streaming_config(problem, device, PROGRAMS_PER_SM)
+        return streaming_config(problem, device)
 
     def configs(self, problem: Problem, device: Device) -> list[Config]:
         return streaming_candidates(problem, device, self.heuristic(problem, device))
@@ -141,7 +142,9 @@ class Split:
         """One pass more over everything that the statistics or the sums depend on."""
         if problem.direction == "forward":
             return minimum_bytes(problem) + problem.bytes
-        reads = (2 + problem.reads_residual) * problem.bytes + problem.mask * problem.view.mask_bytes
+        reads = (
+            2 + problem.reads_residual
+        ) * problem.bytes + problem.mask * problem.view.mask_bytes
         if not problem.needs_dx and not problem.needs_dresidual:
             return reads
         second = minimum_bytes(problem)

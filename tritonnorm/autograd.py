@@ -1,0 +1,145 @@
+"""Gradients of the operators.
+
+The forward saves what `docs/kernels.md` lists and no activation. The backward is one operator; with
+``create_graph=True`` it is written in PyTorch operations instead, which have derivatives of any
+order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .activation import ACTIVATIONS
+from .ops import activity, unpack_mask
+
+
+class BatchNormFunction(torch.autograd.Function):
+    """Gradients for the two forward operators; a second derivative goes through plain PyTorch."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        counter: Tensor | None,
+        batch_statistics: bool,
+        momentum: float | None,
+        eps: float,
+        activation: str,
+        activation_args: tuple[float, ...],
+    ) -> Tensor:
+        save_mask = residual is not None and activity(activation) == "two_valued"
+        ops = torch.ops.tritonnorm
+        if batch_statistics:
+            y, mean, rstd, mask = ops.batch_norm_training.default(
+                x, residual, weight, bias, running_mean, running_var, counter,
+                momentum, eps, activation, activation_args, save_mask,
+            )  # fmt: skip
+        else:
+            y, mean, rstd, mask = ops.batch_norm_inference.default(
+                x, residual, weight, bias, running_mean, running_var,
+                eps, activation, activation_args, True, save_mask,
+            )  # fmt: skip
+        kept = residual if residual is not None and activity(activation) == "smooth" else None
+        ctx.save_for_backward(x, kept, mask if save_mask else None, weight, bias, mean, rstd)
+        ctx.options = (batch_statistics, eps, activation, activation_args)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, residual, mask, weight, bias, mean, rstd = ctx.saved_tensors
+        batch_statistics, _, activation, activation_args = ctx.options
+        needs = [
+            ctx.needs_input_grad[0],
+            ctx.needs_input_grad[1],
+            weight is not None and ctx.needs_input_grad[2],
+            bias is not None and ctx.needs_input_grad[3],
+        ]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            found = _differentiable_backward(ctx, grads[0], needs)
+        else:
+            found = torch.ops.tritonnorm.batch_norm_backward.default(
+                grads[0], x, residual, mask, weight, bias, mean, rstd,
+                batch_statistics, activation, activation_args, needs,
+            )  # fmt: skip
+        gradients = [g if needed else None for g, needed in zip(found, needs, strict=True)]
+        return (*gradients, *(None,) * 8)
+
+
+def _differentiable_backward(
+    ctx: Any, dy: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """The backward as PyTorch operations, so that it has derivatives itself."""
+    x, residual, mask, weight, bias, mean, rstd = ctx.saved_tensors
+    batch_statistics, eps, activation, activation_args = ctx.options
+    wide = torch.promote_types(x.dtype, mean.dtype)
+    x_, dy_ = x.to(wide), dy.to(wide)
+    z, w, b = (None if t is None else t.to(wide) for t in (residual, weight, bias))
+    if batch_statistics:
+        mean, var = reference.statistics(x_)
+    else:
+        var = rstd.square().reciprocal() - eps
+    v = reference.pre_activation(x_, mean, var, w, b, z, eps)
+    if mask is not None:
+        slopes = ACTIVATIONS[activation].slopes
+        assert slopes is not None
+        through, shut = slopes(*activation_args)
+        g = torch.where(unpack_mask(mask, x), dy_ * through, dy_ * shut)
+    elif activation:
+        y = ACTIVATIONS[activation].function(v, *activation_args)
+        (g,) = torch.autograd.grad(y, v, dy_, create_graph=True)
+    else:
+        g = dy_
+    wanted = [
+        t for t, n in zip((x, weight, bias), (needs[0], needs[2], needs[3]), strict=True) if n
+    ]
+    found = iter(torch.autograd.grad(v, wanted, g, create_graph=True) if wanted else ())
+    dx = next(found) if needs[0] else None
+    dweight = next(found) if needs[2] else None
+    dbias = next(found) if needs[3] else None
+    return dx, g.to(x.dtype) if needs[1] else None, dweight, dbias
+
+
+def batch_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    counter: Tensor | None,
+    batch_statistics: bool,
+    momentum: float | None,
+    eps: float,
+    activation: str,
+    activation_args: tuple[float, ...],
+) -> Tensor:
+    """The operator that the call needs: with autograd if a gradient can be asked for, else
+    without."""
+    differentiable = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, residual, weight, bias)
+    )
+    if differentiable:
+        return BatchNormFunction.apply(
+            x, residual, weight, bias, running_mean, running_var, counter,
+            batch_statistics, momentum, eps, activation, activation_args,
+        )  # fmt: skip
+    ops = torch.ops.tritonnorm
+    if batch_statistics:
+        return ops.batch_norm_training.default(
+            x, residual, weight, bias, running_mean, running_var, counter,
+            momentum, eps, activation, activation_args, False,
+        )[0]  # fmt: skip
+    return ops.batch_norm_inference.default(
+        x, residual, weight, bias, running_mean, running_var,
+        eps, activation, activation_args, False, False,
+    )[0]  # fmt: skip

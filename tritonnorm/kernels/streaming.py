@@ -1,0 +1,340 @@
+"""Passes over the data by many programs a channel: normalize, differentiate, sum.
+
+`split` runs them after its statistics, `affine` with given ones. `docs/kernels.md` derives the
+formulas.
+"""
+
+from dataclasses import replace
+
+import torch
+import triton
+import triton.language as tl
+
+from tritonnorm.device import Device
+from tritonnorm.problem import Problem
+
+from . import _epilogue as epilogue
+from . import _tile as tile
+from .base import (
+    BackwardArguments,
+    Config,
+    ForwardArguments,
+    launch,
+    tile_shape,
+    x_strides,
+)
+
+# Elements of a tile, with 4 warps: 32 a thread, four 16-byte loads of bf16 in flight per tensor.
+TILE = 4096
+# Programs per multiprocessor a launch should have. The compile audit finds 48 to 128 registers a
+# thread, so 4 to 10 programs of 4 warps are resident at once; more splits would only lengthen the
+# combine.
+PROGRAMS_PER_SM = 8
+# The combine kernels: [splits, channels] tiles. Few channels each, so that many programs share the
+# work.
+COMBINE = {"BLOCK_C": 8, "BLOCK_S": 128}
+
+
+@triton.jit
+def apply_kernel(
+    x_ptr,  # [N, C, P] input
+    y_ptr,  # [N, C, P] output, dense
+    residual_ptr,  # [N, C, P] dense, or None
+    mask_ptr,  # bit mask of the gate, or None
+    mean_ptr,  # [C]
+    rstd_ptr,  # [C] 1 / sqrt(var + eps), or the variance itself if FROM_VARIANCE
+    weight_ptr,  # [C] or None
+    bias_ptr,  # [C] or None
+    save_mean_ptr,  # [C] out, or None: the statistics as the backward wants them
+    save_rstd_ptr,  # [C] out, or None
+    N,
+    C,
+    P,
+    xs_n,
+    xs_c,
+    xs_p,
+    eps: tl.float64,
+    PER_SPLIT,  # chunks of a split
+    CHUNKS,  # chunks of a channel
+    ACT: tl.constexpr,
+    GATE: tl.constexpr,
+    A: tl.constexpr,  # parameters of the activation
+    B: tl.constexpr,
+    FROM_VARIANCE: tl.constexpr,
+    ACC: tl.constexpr,
+    VEC: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+):
+    """Normalize, scale, shift, add, activate: one chunk range of one channel block."""
+    C, P = tile.hint_fast_axis(C, P, VEC, CHANNELS_LAST)
+    c0 = tl.program_id(0) * BLOCK_C
+    c = c0 + tl.arange(0, BLOCK_C)
+    lane_n, lane_p, s_n, s_p, lane, x_n, x_p, x_lane = tile.frame(
+        c, C, P, xs_n, xs_c, xs_p, BLOCK_N, BLOCK_P, CHANNELS_LAST
+    )
+    mean = tl.load(mean_ptr + c, mask=c < C, other=0.0).to(ACC)
+    rstd = tl.load(rstd_ptr + c, mask=c < C, other=1.0).to(ACC)
+    if FROM_VARIANCE:
+        rstd = 1.0 / tl.sqrt(rstd + tl.full([], eps, ACC))
+    if save_mean_ptr is not None:
+        if tl.program_id(1) == 0:
+            tl.store(save_mean_ptr + c, mean, mask=c < C)
+            tl.store(save_rstd_ptr + c, rstd, mask=c < C)
+    scale, shift = epilogue.affine_parameters(c, C, rstd, weight_ptr, bias_ptr)
+    first = tl.program_id(1) * PER_SPLIT
+    last = tl.minimum(first + PER_SPLIT, CHUNKS)
+    for i in range(first, last):
+        # In reverse: what a first pass read last is still in the L2 cache.
+        chunk = first + last - 1 - i
+        n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P)
+        valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
+        base = n0 * s_n + p0 * s_p
+        x = tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=valid, other=0.0).to(ACC)
+        residual = None
+        if residual_ptr is not None:
+            residual = tl.load(residual_ptr + base + lane, mask=valid, other=0.0).to(ACC)
+        v = epilogue.pre_activation(x, residual, mean, scale, shift)
+        y = epilogue.activate(v, ACT, A, B)
+        tl.store(y_ptr + base + lane, y.to(y_ptr.dtype.element_ty), mask=valid)
+        if mask_ptr is not None:
+            bytes_at, bytes_valid = tile.bit_offsets(
+                c0, n0, p0, N, C, P, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST
+            )
+            bits = tile.pack_bits(GATE(v, A, B), BLOCK_C, BLOCK_N * BLOCK_P, CHANNELS_LAST)
+            tl.store(mask_ptr + bytes_at, bits, mask=bytes_valid)
+
+
+@triton.jit
+def gradient_kernel(
+    dy_ptr,  # [N, C, P] dense
+    x_ptr,  # [N, C, P]
+    residual_ptr,  # [N, C, P] dense, or None
+    mask_ptr,  # bit mask of the gate, or None
+    dx_ptr,  # [N, C, P] dense, or None
+    dresidual_ptr,  # [N, C, P] dense, or None
+    mean_ptr,  # [C]
+    rstd_ptr,  # [C]
+    weight_ptr,  # [C] or None
+    bias_ptr,  # [C] or None
+    partial_ptr,  # [2, SPLITS, C] sums of g and of g * (x - mean), out, or None
+    sums_ptr,  # [2, C] the same over the whole channel, in, or None: given statistics
+    N,
+    C,
+    P,
+    xs_n,
+    xs_c,
+    xs_p,
+    PER_SPLIT,
+    CHUNKS,
+    GRADIENT: tl.constexpr,
+    GATE: tl.constexpr,
+    GATED: tl.constexpr,
+    A: tl.constexpr,  # parameters of the activation
+    B: tl.constexpr,
+    READS_X: tl.constexpr,
+    VEC: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+):
+    """Gradients, sums of gradients, or both, over one chunk range of one channel block."""
+    ACC: tl.constexpr = rstd_ptr.dtype.element_ty
+    C, P = tile.hint_fast_axis(C, P, VEC, CHANNELS_LAST)
+    c0 = tl.program_id(0) * BLOCK_C
+    c = c0 + tl.arange(0, BLOCK_C)
+    lane_n, lane_p, s_n, s_p, lane, x_n, x_p, x_lane = tile.frame(
+        c, C, P, xs_n, xs_c, xs_p, BLOCK_N, BLOCK_P, CHANNELS_LAST
+    )
+    mean = tl.load(mean_ptr + c, mask=c < C, other=0.0)
+    rstd = tl.load(rstd_ptr + c, mask=c < C, other=0.0)
+    scale, shift = epilogue.affine_parameters(c, C, rstd, weight_ptr, bias_ptr)
+    if sums_ptr is not None:
+        total = tl.cast(N, ACC) * tl.cast(P, ACC)
+        mean_g = tl.load(sums_ptr + c, mask=c < C, other=0.0) / total
+        slope = tl.load(sums_ptr + C + c, mask=c < C, other=0.0) / total * rstd * rstd
+    sum_g = tl.zeros([BLOCK_C], ACC)
+    sum_gx = tl.zeros([BLOCK_C], ACC)
+    first = tl.program_id(1) * PER_SPLIT
+    last = tl.minimum(first + PER_SPLIT, CHUNKS)
+    for i in range(first, last):
+        chunk = i
+        if sums_ptr is not None:
+            chunk = first + last - 1 - i
+        n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P)
+        valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
+        base = n0 * s_n + p0 * s_p
+        g = tl.load(dy_ptr + base + lane, mask=valid, other=0.0).to(ACC)
+        if READS_X:
+            x = tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=valid, other=0.0).to(ACC)
+        if mask_ptr is not None:
+            bytes_at, bytes_valid = tile.bit_offsets(
+                c0, n0, p0, N, C, P, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST
+            )
+            bits = tl.load(mask_ptr + bytes_at, mask=bytes_valid, other=0)
+            gate = tile.unpack_bits(bits, BLOCK_C, BLOCK_N * BLOCK_P, CHANNELS_LAST)
+            g = GATED(gate, g, A, B)
+        elif GRADIENT is not None or GATE is not None:
+            residual = None
+            if residual_ptr is not None:
+                residual = tl.load(residual_ptr + base + lane, mask=valid, other=0.0).to(ACC)
+            v = epilogue.pre_activation(x, residual, mean, scale, shift)
+            g = epilogue.activation_gradient(v, g, GRADIENT, GATE, GATED, A, B)
+        if dresidual_ptr is not None:
+            tl.store(dresidual_ptr + base + lane, g.to(dresidual_ptr.dtype.element_ty), mask=valid)
+        if dx_ptr is not None:
+            if sums_ptr is not None:
+                dx = (g - mean_g[:, None] - (x - mean[:, None]) * slope[:, None]) * scale[:, None]
+            else:
+                dx = g * scale[:, None]
+            tl.store(dx_ptr + base + lane, dx.to(dx_ptr.dtype.element_ty), mask=valid)
+        if partial_ptr is not None:
+            g = tl.where(valid, g, 0.0)
+            sum_g += tl.sum(g, 1)
+            sum_gx += tl.sum(g * (x - mean[:, None]), 1)
+    if partial_ptr is not None:
+        row = partial_ptr + tl.program_id(1).to(tl.int64) * C + c
+        tl.store(row, sum_g, mask=c < C)
+        tl.store(row + tl.num_programs(1).to(tl.int64) * C, sum_gx, mask=c < C)
+
+
+@triton.jit
+def combine_sums_kernel(
+    partial_ptr,  # [2, SPLITS, C]
+    rstd_ptr,  # [C]
+    sums_ptr,  # [2, C] out, or None
+    dweight_ptr,  # [C] out, or None
+    dbias_ptr,  # [C] out, or None
+    C,
+    SPLITS,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Add the partial sums of each channel in a fixed order and write its parameter gradients."""
+    ACC: tl.constexpr = rstd_ptr.dtype.element_ty
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    sum_g = tl.zeros([BLOCK_C], ACC)
+    sum_gx = tl.zeros([BLOCK_C], ACC)
+    for s0 in range(0, SPLITS, BLOCK_S):
+        s = s0 + tl.arange(0, BLOCK_S)
+        valid = (s < SPLITS)[:, None] & (c < C)[None, :]
+        at = partial_ptr + s.to(tl.int64)[:, None] * C + c[None, :]
+        sum_g += tl.sum(tl.load(at, mask=valid, other=0.0), 0)
+        sum_gx += tl.sum(tl.load(at + tl.cast(SPLITS, tl.int64) * C, mask=valid, other=0.0), 0)
+    if sums_ptr is not None:
+        tl.store(sums_ptr + c, sum_g, mask=c < C)
+        tl.store(sums_ptr + C + c, sum_gx, mask=c < C)
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + c, sum_g.to(dbias_ptr.dtype.element_ty), mask=c < C)
+    if dweight_ptr is not None:
+        rstd = tl.load(rstd_ptr + c, mask=c < C, other=0.0)
+        tl.store(dweight_ptr + c, (sum_gx * rstd).to(dweight_ptr.dtype.element_ty), mask=c < C)
+
+
+def splits_for(config: Config, problem: Problem) -> tuple[int, int, int]:
+    """``(splits, chunks per split, chunks)``: the configuration's splits, less those that would be
+    empty."""
+    chunks = config.chunks(problem)
+    per_split = triton.cdiv(chunks, min(config.splits, chunks))
+    return triton.cdiv(chunks, per_split), per_split, chunks
+
+
+def streaming_config(problem: Problem, device: Device) -> Config:
+    """Tiles of `TILE` elements, and enough splits of each channel block to fill the device."""
+    block_c, block_n, block_p = tile_shape(problem, TILE, max_block_c=64)
+    config = Config(block_c, block_n, block_p)
+    blocks = config.channel_blocks(problem)
+    splits = triton.cdiv(device.sms * PROGRAMS_PER_SM, blocks)
+    splits = max(1, min(splits, config.chunks(problem)))
+    return Config(block_c, block_n, block_p, splits)
+
+
+def launch_apply(
+    problem: Problem,
+    config: Config,
+    a: ForwardArguments,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    from_variance: bool,
+) -> None:
+    """Launch `apply_kernel` over the whole tensor."""
+    splits, per_split, chunks = splits_for(config, problem)
+    view = problem.view
+    saved = (a.mean, a.rstd) if from_variance else (None, None)
+    launch(
+        apply_kernel,
+        (config.channel_blocks(problem), splits),
+        a.x,
+        *(a.x, a.y, a.residual, a.mask, mean, rstd, a.weight, a.bias, *saved),
+        *(view.n, view.c, view.p, *x_strides(problem), a.eps, per_split, chunks),
+        **a.epilogue.forward(),
+        FROM_VARIANCE=from_variance,
+        ACC=tl.float64 if problem.accumulator == torch.float64 else tl.float32,
+        **config.geometry(problem),
+        num_warps=config.num_warps,
+    )
+
+
+def launch_gradient(
+    problem: Problem,
+    config: Config,
+    a: BackwardArguments,
+    partial: torch.Tensor | None,
+    sums: torch.Tensor | None,
+    *,
+    write: bool,
+) -> None:
+    """Launch `gradient_kernel` over the whole tensor; without `write` it only sums."""
+    splits, per_split, chunks = splits_for(config, problem)
+    view = problem.view
+    outputs = (a.dx, a.dresidual) if write else (None, None)
+    recomputes = problem.activity != "none" and not problem.mask
+    launch(
+        gradient_kernel,
+        (config.channel_blocks(problem), splits),
+        a.x,
+        *(a.dy, a.x, a.residual, a.mask, *outputs, a.mean, a.rstd, a.weight, a.bias, partial, sums),
+        *(view.n, view.c, view.p, *x_strides(problem), per_split, chunks),
+        **a.epilogue.backward(),
+        READS_X=partial is not None
+        or (sums is not None and write and a.dx is not None)
+        or recomputes,
+        **config.geometry(problem),
+        num_warps=config.num_warps,
+    )
+
+
+def launch_combine_sums(
+    problem: Problem, a: BackwardArguments, partial: torch.Tensor, sums: torch.Tensor | None
+) -> None:
+    """Launch `combine_sums_kernel` over partial sums ``[2, SPLITS, C]``."""
+    launch(
+        combine_sums_kernel,
+        (triton.cdiv(problem.view.c, COMBINE["BLOCK_C"]),),
+        a.x,
+        *(partial, a.rstd, sums, a.dweight, a.dbias, problem.view.c, partial.shape[1]),
+        **COMBINE,
+        num_warps=4,
+    )
+
+
+def partial_sums(problem: Problem, config: Config, like: torch.Tensor) -> torch.Tensor:
+    """Workspace ``[2, SPLITS, C]`` for `gradient_kernel`."""
+    return like.new_empty((2, splits_for(config, problem)[0], problem.view.c))
+
+
+def streaming_candidates(problem: Problem, device: Device, first: Config) -> list[Config]:
+    """Neighbours of a configuration: tiles of half and twice the size, fewer and more splits."""
+    found = [first]
+    for elements in (TILE // 2, TILE, TILE * 2):
+        for max_block_c in (32, 64, 128) if problem.view.channels_last else (1,):
+            for programs_per_sm in (PROGRAMS_PER_SM // 4, PROGRAMS_PER_SM):
+                block_c, block_n, block_p = tile_shape(problem, elements, max_block_c)
+                config = Config(block_c, block_n, block_p, num_warps=8 if elements > TILE else 4)
+                wanted = triton.cdiv(device.sms * programs_per_sm, config.channel_blocks(problem))
+                splits = max(1, min(wanted, config.chunks(problem)))
+                found.append(replace(config, splits=splits))
+    return list(dict.fromkeys(found))

@@ -1,0 +1,186 @@
+"""replace(model): torch's batch norms become this library's, in place, by a change of class.
+
+The module objects stay, and with them parameters, buffers, hooks, flags and state_dict keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
+from torch.nn.utils import parametrize
+
+from tritonnorm import nn as ours
+from tritonnorm.report import LEFT, Report, Row
+
+__all__ = ["replace", "restore"]
+
+SWAPS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm1d: ours.BatchNorm1d,
+    nn.BatchNorm2d: ours.BatchNorm2d,
+    nn.BatchNorm3d: ours.BatchNorm3d,
+}
+_OURS = tuple(SWAPS.values())
+_MARK = "_tritonnorm_replaced"  # on modules that `replace` changed; `restore` looks for it
+_ADDED = {"activation": None, "activation_args": ()}
+
+
+def replace(
+    model: nn.Module,
+    *,
+    example_inputs: Any = None,
+    fuse: bool = True,
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    dry_run: bool = False,
+) -> tuple[nn.Module, Report]:
+    """Make every `torch.nn.BatchNorm1d/2d/3d` of a model a batch norm of this library, in place.
+
+    Only modules of exactly these classes are changed; subclasses may compute something else. Each
+    module stays the same object with the same parameters, buffers, hooks and settings.
+
+    Args:
+        model: the model; it is edited, and it may itself be a batch norm.
+        example_inputs: inputs for the stage that fuses activations; not used in this version.
+        fuse: also fuse the activation and the addition after a batch norm. This version swaps the
+            modules only, and a note in the report says so.
+        filter_fn: called as `filter_fn(batch_norm, name)`; False leaves the module as it is.
+        dry_run: only report.
+
+    Returns:
+        The same model and the report, one row per batch norm.
+
+    Raises:
+        ValueError: the model is not a module. The model is as before then, as it is when
+            `filter_fn` or anything else raises part-way.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    report = Report("replace", dry_run=dry_run)
+    whole = _model_reason(model)
+    chosen: list[nn.Module] = []
+    for name, module in model.named_modules():
+        if not _is_batch_norm(module):
+            continue
+        shown, kind = name or "(root)", _kind(module)
+        reason = whole or _inside_reason(model, name) or _reason(module)
+        if reason is None and filter_fn is not None and not filter_fn(module, name):
+            reason = "left out by filter_fn"
+        if reason is not None:
+            report.rows.append(Row(shown, kind, LEFT, reason))
+            continue
+        chosen.append(module)
+        report.rows.append(Row(shown, kind, "replaced", _what(module), "class swap"))
+    if whole:
+        report.notes.append(whole)
+    elif fuse and chosen:
+        report.notes.append(
+            "activations and additions after the batch norms were not fused: this version of "
+            "replace swaps the modules only"
+        )
+    if not dry_run:
+        _swap(chosen)
+    return model, report
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undo `replace`: every module it changed gets its torch class back.
+
+    Modules that were built as batch norms of this library stay what they are.
+
+    Args:
+        model: the model; it is edited in place.
+
+    Returns:
+        The same model.
+    """
+    original = {swapped: plain for plain, swapped in SWAPS.items()}
+    for module in model.modules():
+        if type(module) in original and module.__dict__.get(_MARK):
+            _to_plain(module, original[type(module)])
+    return model
+
+
+def _swap(modules: list[nn.Module]) -> None:
+    """Change the class of all of them, or of none when one raises."""
+    done: list[tuple[nn.Module, type[nn.Module]]] = []
+    try:
+        for module in modules:
+            plain = type(module)
+            done.append((module, plain))
+            module.__class__ = SWAPS[plain]
+            module.__dict__.update(_ADDED)
+            module.__dict__[_MARK] = True
+    except BaseException:
+        for module, plain in done:
+            _to_plain(module, plain)
+        raise
+
+
+def _to_plain(module: nn.Module, plain: type[nn.Module]) -> None:
+    module.__class__ = plain
+    for name in (*_ADDED, _MARK):
+        module.__dict__.pop(name, None)
+
+
+def _is_batch_norm(module: nn.Module) -> bool:
+    """Whether the report has a row for this module."""
+    scripted = isinstance(module, torch.jit.ScriptModule) and "BatchNorm" in _kind(module)
+    frozen = "BatchNorm" in type(module).__name__ and hasattr(module, "running_mean")
+    return isinstance(module, _BatchNorm) or scripted or frozen
+
+
+def _kind(module: nn.Module) -> str:
+    return str(getattr(module, "original_name", "") or type(module).__name__)
+
+
+def _model_reason(model: nn.Module) -> str | None:
+    """Why no module of the model may be changed, or None."""
+    if isinstance(model, torch.jit.ScriptModule):
+        return "the model is a TorchScript module: call replace before scripting"
+    return None
+
+
+def _inside_reason(model: nn.Module, name: str) -> str | None:
+    """Why the place of a module in the model forbids the change, or None."""
+    parts = name.split(".") if name else []
+    for depth in range(len(parts) + 1):
+        parent = model.get_submodule(".".join(parts[:depth]))
+        wrapped = isinstance(parent, torch._dynamo.eval_frame.OptimizedModule)
+        if wrapped or getattr(parent, "_compiled_call_impl", None) is not None:
+            return "it is compiled: call replace before torch.compile"
+    return None
+
+
+def _reason(module: nn.Module) -> str | None:
+    """Why a batch norm is left, or None when its class can be changed."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is a TorchScript module, whose code is fixed"
+    if isinstance(module, _OURS):
+        return "it is already a batch norm of this library"
+    if isinstance(module, _LazyNormBase):
+        return "it is lazy: run the model once, then call replace"
+    if parametrize.is_parametrized(module):
+        return "it is parametrised, which has changed its class already"
+    if isinstance(module, nn.SyncBatchNorm):
+        return "it synchronises its statistics between processes, which this version does not"
+    if type(module) not in SWAPS:
+        path = f"{type(module).__module__}.{type(module).__qualname__}"
+        return f"{path} is not exactly torch's class and may compute something else"
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the instance"
+    if taken := [name for name in (*_ADDED, _MARK) if hasattr(module, name)]:
+        return f"it has an attribute of its own named {taken[0]}"
+    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+        if tensor is not None and type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
+            return f"its {name} is a {type(tensor).__name__}, not a plain tensor"
+    return None
+
+
+def _what(module: nn.Module) -> str:
+    """The reason of a replaced row."""
+    tensors = (*module.parameters(), *module.buffers())
+    where = "; its tensors are on the meta device" if any(t.is_meta for t in tensors) else ""
+    return f"exactly torch.nn.{type(module).__name__}{where}"
