@@ -1,0 +1,227 @@
+"""The rooms of the package: who may import whom, and what `import tritonnorm` loads."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("tritonnorm", "bench")
+LEAVES = ("activation", "device", "problem", "reference", "report", "settings")
+
+
+@dataclass(frozen=True)
+class Room:
+    """What the modules that match `pattern` may import: ours (patterns), and from elsewhere."""
+
+    pattern: str
+    ours: tuple[str, ...]
+    theirs: tuple[str, ...] = ("torch",)
+    without: tuple[str, ...] = ()  # of the standard library
+
+
+# The first row whose pattern matches decides. Names are relative to tritonnorm, "" is the package
+# itself. A module without a row fails: give it a place in docs/architecture.md and a row here.
+KERNELS = ("kernels", "kernels.base")
+PURE_LEAVES = tuple(leaf for leaf in LEAVES if leaf not in ("report", "settings"))
+BELOW_OPS = (*LEAVES, *KERNELS, "plan")
+BELOW_NN = (*BELOW_OPS, "ops", "autograd", "functional")
+ABOVE = (*BELOW_NN, "nn")
+ROOMS = (
+    Room("report", ours=(), theirs=("pandas",)),
+    Room("reference", ours=("activation",)),
+    *(Room(leaf, ours=()) for leaf in LEAVES),
+    Room("kernels._*", ours=(), theirs=("triton",), without=("os",)),
+    Room("kernels", ours=(*PURE_LEAVES, "kernels.*"), without=("os",)),
+    Room(
+        "kernels.*",
+        ours=(*PURE_LEAVES, "kernels._*", "kernels.base", "kernels.streaming"),
+        theirs=("torch", "triton"),
+        without=("os",),
+    ),
+    Room("timing", ours=LEAVES),
+    Room("tune", ours=()),
+    Room("tune.store", ours=LEAVES),
+    Room("tune.machine_code", ours=(), theirs=("triton",)),
+    Room(
+        "tune.*",
+        ours=(*BELOW_OPS, "tune.store", "tune.static", "tune.machine_code", "timing"),
+        theirs=("torch", "triton"),
+    ),
+    Room("plan", ours=(*LEAVES, *KERNELS, "tune.store")),
+    Room("ops", ours=BELOW_OPS),
+    Room("autograd", ours=(*LEAVES, "ops")),
+    Room("functional", ours=(*LEAVES, "autograd")),
+    Room("nn", ours=(*LEAVES, "functional")),
+    Room("replace", ours=ABOVE),
+    Room("fold", ours=(*ABOVE, "fold.*")),
+    Room("fold.*", ours=(*ABOVE, "fold", "fold.*")),
+    Room("cli", ours=("*",), theirs=("torch", "rich", "pandas")),
+    Room("", ours=(*ABOVE, "replace", "fold", "fold.*")),
+)
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {name_of(path): path for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
+
+
+def imports_of(tree: ast.AST, module: str, is_package: bool) -> set[str]:
+    """Full names of the modules imported anywhere; `from a import b` gives a.b if that is one."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                up = module.split(".")[: len(module.split(".")) - node.level + is_package]
+                base = ".".join([*up, base] if base else up)
+            names = {f"{base}.{alias.name}" for alias in node.names}
+            inside = {name for name in names if name in MODULES}
+            found |= inside if len(inside) == len(names) else inside | {base}
+    return found
+
+
+def top(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def inside(name: str) -> str:
+    """The name relative to tritonnorm."""
+    return name.removeprefix("tritonnorm").removeprefix(".")
+
+
+def room_of(module: str) -> Room | None:
+    return next((room for room in ROOMS if fnmatchcase(inside(module), room.pattern)), None)
+
+
+def faults(module: str, imported: set[str]) -> list[str]:
+    """What in `imported` the table forbids to `module`."""
+    room = room_of(module)
+    if room is None:
+        return [f"{module}: has no row in the table of rooms"]
+    found = []
+    for name in sorted(imported):
+        if top(name) == "tritonnorm":
+            fine = inside(name) != "" and any(fnmatchcase(inside(name), p) for p in room.ours)
+        elif top(name) in sys.stdlib_module_names:
+            fine = top(name) not in room.without
+        else:
+            fine = top(name) in room.theirs
+        if not fine:
+            found.append(f"{module}: may not import {name}")
+    return found
+
+
+def imported_by(module: str) -> set[str]:
+    path = MODULES[module]
+    tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
+    return imports_of(tree, module, is_package=path.name == "__init__.py")
+
+
+@pytest.mark.parametrize("module", sorted(m for m in MODULES if top(m) == "tritonnorm"))
+def test_the_package_keeps_to_the_table(module: str) -> None:
+    assert faults(module, imported_by(module)) == []
+
+
+BENCH_MAY = {
+    *("", "nn", "functional", "replace", "fold"),  # the public API
+    *("timing", "problem", "plan", "reference", "tune.static"),
+    *(
+        "device",
+        "kernels",
+        "kernels.base",
+    ),  # the audits: ALGORITHMS on Devices made by hand
+}
+
+
+@pytest.mark.parametrize("module", sorted(m for m in MODULES if top(m) == "bench"))
+def test_bench_imports_no_private_kernel(module: str) -> None:
+    imported = imported_by(module)
+    ours = {inside(name) for name in imported if top(name) == "tritonnorm"}
+    assert ours <= BENCH_MAY
+    assert "tests" not in {top(name) for name in imported}
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "expected"),
+    [
+        ("tritonnorm.problem", "import triton", "triton"),
+        ("tritonnorm.device", "from .problem import View", "tritonnorm.problem"),
+        ("tritonnorm.kernels._tile", "import torch", "torch"),
+        ("tritonnorm.kernels._tile", "from . import _moments", "tritonnorm.kernels._moments"),
+        ("tritonnorm.kernels.split", "from ..plan import plan", "tritonnorm.plan"),
+        ("tritonnorm.kernels.split", "from . import resident", "tritonnorm.kernels.resident"),
+        ("tritonnorm.kernels.split", "import os", "os"),
+        ("tritonnorm.plan", "def f():\n    from tritonnorm import ops", "tritonnorm.ops"),
+        ("tritonnorm.ops", "from .functional import batch_norm", "tritonnorm.functional"),
+        ("tritonnorm.functional", "import tritonnorm", "tritonnorm"),
+        ("tritonnorm.nn", "from bench.lab import interpreter", "bench.lab.interpreter"),
+        ("tritonnorm.replace", "from .cli import main", "tritonnorm.cli"),
+    ],
+)
+def test_the_table_forbids(
+    module: str, line: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (module, expected):  # the names stand for modules whether or not they exist yet
+        monkeypatch.setitem(MODULES, name, ROOT)
+    found = faults(module, imports_of(ast.parse(line), module, is_package=False))
+    assert found == [f"{module}: may not import {expected}"]
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh process, from the root of the checkout, without Triton's interpreter."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON", "PYTEST"))}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**inherited, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_importing_loads_neither_triton_nor_cuda() -> None:
+    done = python(
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
+        "import tritonnorm\n"
+        "new = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
+        "print(sorted(new & {'triton', 'pandas', 'rich', 'bench', 'transformers', 'sklearn'}))\n"
+        "print('triton' in sys.modules, torch.cuda.is_initialized())\n"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["[]", "False False"]
+
+
+def test_works_where_triton_cannot_be_imported() -> None:
+    done = python(
+        "import sys\n"
+        "sys.modules['triton'] = None\n"  # import triton -> ModuleNotFoundError
+        "import torch, tritonnorm\n"
+        "torch.manual_seed(0)\n"
+        "x = torch.randn(4, 6, 5, 5, requires_grad=True)\n"
+        "ours = tritonnorm.BatchNorm2d(6, activation='relu')\n"
+        "theirs = torch.nn.BatchNorm2d(6)\n"
+        "y = ours(x)\n"
+        "y.sum().backward()\n"
+        "print(torch.equal(y, torch.relu(theirs(x))), bool(x.grad.isfinite().all()))\n"
+        "print(torch.equal(ours.running_var, theirs.running_var))\n"
+        "net, report = tritonnorm.replace(torch.nn.Sequential(torch.nn.BatchNorm2d(6)))\n"
+        "print(type(net[0]) is tritonnorm.BatchNorm2d, net(x).shape == x.shape)\n"
+        "net, report = tritonnorm.fold(net.eval())\n"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["True"] * 5

@@ -1,0 +1,94 @@
+"""Running a model without changing it, and seeing what every operation reads."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tritonnorm.fold.inspect import storage_key
+
+
+class StateGuard(TorchDispatchMode):
+    """Saves every tensor of the model before an operation first writes it, and puts all back.
+
+    Module attributes that the run rebinds (counters, caches, flags) are put back too. What a
+    forward keeps outside the model's modules (globals, contents of its lists) is not.
+
+    Subclasses see the operations through `reads`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+        self._attributes = [_snapshot(module) for module in self._modules]
+        self._state = {
+            key: tensor
+            for tensor in (*model.parameters(), *model.buffers())
+            if (key := storage_key(tensor)) is not None
+        }
+        self._saved: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        # Some batch norm operations write the running statistics without saying so in their schema.
+        if func._schema.is_mutable or "batch_norm" in func.__name__:
+            for tensor in tensors:
+                self._save(tensor)
+        self.reads(func, tensors)
+        return func(*args, **kwargs)
+
+    def reads(self, func: Any, tensors: list[Tensor]) -> None:
+        """Called before every operation with the tensors among its arguments."""
+
+    def _save(self, tensor: Tensor) -> None:
+        key = storage_key(tensor)
+        if key in self._state and key not in self._saved:
+            whole = self._state[key].detach()
+            self._saved[key] = (whole, whole.clone())
+
+    def restore(self) -> None:
+        """Put back what the run changed. Call it outside the mode."""
+        with torch.no_grad():
+            for tensor, value in self._saved.values():
+                tensor.copy_(value)
+        for module, before in zip(self._modules, self._attributes, strict=True):
+            _put_back(module, before)
+
+
+_TABLES = ("_parameters", "_buffers", "_modules")
+
+
+def _snapshot(module: nn.Module) -> dict[str, Any]:
+    return {k: dict(v) if k in _TABLES else v for k, v in module.__dict__.items()}
+
+
+def _put_back(module: nn.Module, before: dict[str, Any]) -> None:
+    for name in [name for name in module.__dict__ if name not in before]:
+        del module.__dict__[name]
+    for name, value in before.items():
+        if name not in _TABLES:
+            module.__dict__[name] = value
+            continue
+        table = module.__dict__[name]
+        table.clear()
+        table.update(value)
+
+
+@contextlib.contextmanager
+def quiet_run(seed: int = 0) -> Iterator[None]:
+    """No gradients, no compilation; random numbers from `seed` that leave the generators alone."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with (
+        torch.random.fork_rng(devices),
+        torch.no_grad(),
+        torch.compiler.set_stance("force_eager"),
+    ):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,190 @@
+"""What a module is, and the reasons against folding it that show without running it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
+
+from tritonnorm import nn as ours
+
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+PRODUCERS: tuple[type[nn.Module], ...] = (*CONVS, *TRANSPOSED, nn.Linear)
+OURS: tuple[type[nn.Module], ...] = (ours.BatchNorm1d, ours.BatchNorm2d, ours.BatchNorm3d)
+FOLDABLE: tuple[type[nn.Module], ...] = (
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.SyncBatchNorm,
+    *OURS,
+)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@dataclass(frozen=True)
+class Names:
+    """The modules of a model by identity: the first name, and whether there are others."""
+
+    first: dict[int, str]
+    modules: dict[str, nn.Module]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Names:
+        """Names of all modules, each module once, in the order of `named_modules`."""
+        modules = dict(model.named_modules())
+        return cls({id(module): name for name, module in modules.items()}, modules)
+
+    def __getitem__(self, module: nn.Module) -> str:
+        return self.first.get(id(module), "") or "(root)"
+
+
+def is_batch_norm(module: nn.Module) -> bool:
+    """Whether a report has a row for this module: every batch norm, foldable or not."""
+    if isinstance(module, _BatchNorm):
+        return True
+    named = "BatchNorm" in type(module).__name__ or "BatchNorm" in str(
+        getattr(module, "original_name", "")
+    )
+    return named and not list(module.children()) and hasattr(module, "running_mean")
+
+
+def batch_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every batch norm once, with its first name."""
+    for name, module in model.named_modules():
+        if is_batch_norm(module):
+            yield name, module
+
+
+def frozen_reason(model: nn.Module) -> str | None:
+    """Why nothing in the model may be edited, or None."""
+    if isinstance(model, torch.jit.ScriptModule):
+        return "the model is a TorchScript module: fold before scripting"
+    if "" in compiled_parts(model):
+        return "the model is compiled: fold before torch.compile"
+    tensors = (*model.parameters(), *model.buffers())
+    if any(nn.parameter.is_lazy(tensor) for tensor in tensors):
+        return "the model has lazy parameters: run it once, then fold"
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        return "the model is wrapped for data parallelism: fold model.module before wrapping"
+    return None
+
+
+def compiled_parts(model: nn.Module) -> list[str]:
+    """Names of the submodules that torch.compile has wrapped, or that were compiled in place."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch._dynamo.eval_frame.OptimizedModule)
+        or getattr(module, "_compiled_call_impl", None) is not None
+    ]
+
+
+def _common_reason(module: nn.Module, what: str) -> str | None:
+    """Reasons that hold for a batch norm and for the layer before it alike."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return f"the {what} is a TorchScript module"
+    if parametrize.is_parametrized(module):
+        return f"the {what} is parametrised: its tensors are computed at every access"
+    if any(getattr(module, name, None) for name in _HOOKS):
+        return f"the {what} has a hook, which would see another value"
+    if "forward" in module.__dict__ or module._compiled_call_impl is not None:
+        return f"the forward of this {what} has been patched or compiled"
+    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+        if tensor is None:
+            continue
+        if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
+            return f"the {name} of the {what} is a {type(tensor).__name__}, not a plain tensor"
+        if tensor.is_meta:
+            return f"the {name} of the {what} is on the meta device: it has no values yet"
+        if tensor._backward_hooks:
+            return f"the {name} of the {what} has a gradient hook"
+    return None
+
+
+def batch_norm_reason(bn: nn.Module) -> str | None:
+    """Why a batch norm cannot be folded into anything, or None."""
+    if isinstance(bn, torch.jit.ScriptModule) or parametrize.is_parametrized(bn):
+        return _common_reason(bn, "batch norm")
+    if type(bn) not in FOLDABLE:
+        return f"{type(bn).__module__}.{type(bn).__qualname__} is not a class known to be plain"
+    if bn.training:
+        return "the batch norm is in training mode: call model.eval() first"
+    if bn.running_mean is None or bn.running_var is None:
+        return "the batch norm keeps no running statistics, so it uses those of the batch"
+    return _common_reason(bn, "batch norm")
+
+
+def producer_reason(producer: nn.Module, bn: nn.Module) -> str | None:
+    """Why `bn` cannot be folded into the layer before it, or None."""
+    if type(producer) not in PRODUCERS:
+        return f"the batch norm follows {_article(type(producer).__name__)}"
+    what = "linear layer" if type(producer) is nn.Linear else "convolution"
+    if "weight" not in producer._parameters or "bias" not in producer._parameters:
+        return f"the weight of the {what} is computed, not a parameter"
+    if reason := _common_reason(producer, what):
+        return reason
+    weight, bias = producer.weight, producer.bias
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        return f"the weight of the {what} is not a real floating-point tensor"
+    if weight.layout is not torch.strided or weight.is_quantized:
+        return f"the weight of the {what} is sparse or quantised"
+    if isinstance(bias, Tensor) and bias.dtype != weight.dtype:
+        return f"weight and bias of the {what} have different dtypes"
+    channels = out_channels(producer)
+    if channels != bn.num_features:
+        return f"the {what} gives {channels} channels, the batch norm takes {bn.num_features}"
+    devices = {t.device for t in (weight, *bn.parameters(), *bn.buffers())}
+    if len(devices) > 1:
+        return f"the {what} and the batch norm are on different devices"
+    return None
+
+
+def out_channels(producer: nn.Module) -> int:
+    """Number of output channels of a convolution or linear layer."""
+    return int(producer.out_features if type(producer) is nn.Linear else producer.out_channels)  # type: ignore[arg-type]
+
+
+def rule_name(producer: nn.Module) -> str:
+    """The rule of a pair, such as "conv2d -> bn"; grouped convolutions are named as such."""
+    name = type(producer).__name__.lower().replace("convtranspose", "conv_transpose")
+    grouped = getattr(producer, "groups", 1) != 1
+    return f"{'grouped ' if grouped else ''}{name} -> bn"
+
+
+def never_trained(bn: nn.Module) -> bool:
+    """Whether the running statistics still have the values a new batch norm starts with."""
+    steps = bn.num_batches_tracked
+    return bool(
+        isinstance(steps, Tensor)
+        and steps.item() == 0
+        and (bn.running_mean == 0).all()  # type: ignore[union-attr]
+        and (bn.running_var == 1).all()  # type: ignore[union-attr]
+    )
+
+
+def storage_key(tensor: Tensor) -> int | None:
+    """A number that two tensors share exactly when they share memory, or None without storage."""
+    try:
+        with torch._C.DisableTorchFunction():  # a look of ours, not a use by the model
+            return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
+def weight_owners(model: nn.Module) -> dict[int, set[str]]:
+    """For the storage of each parameter and buffer, the names under which the model holds it."""
+    owners: dict[int, set[str]] = {}
+    for prefix, module in model.named_modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if isinstance(tensor, Tensor) and (key := storage_key(tensor)) is not None:
+                owners.setdefault(key, set()).add(f"{prefix}.{name}".lstrip("."))
+    return owners
+
+
+def _article(name: str) -> str:
+    return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
