@@ -23,7 +23,9 @@ def tensors(shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_forward_and_backward(shape: tuple[int, ...], activation: str | None, training: bool) -> None:
+def test_forward_and_backward(
+    shape: tuple[int, ...], activation: str | None, training: bool
+) -> None:
     t = tensors(shape)
     leaves = [t[n].clone().requires_grad_() for n in ("x", "residual", "weight", "bias")]
     x, residual, weight, bias = leaves
@@ -33,9 +35,7 @@ def test_forward_and_backward(shape: tuple[int, ...], activation: str | None, tr
     y = found.function(v, *args) if found else v
     expected = torch.autograd.grad(y, leaves, t["dy"])
     options = {"activation": activation, "residual": t["residual"]}
-    f = reference.forward(
-        t["x"], t["mean"], t["var"], t["weight"], t["bias"], training, **options
-    )
+    f = reference.forward(t["x"], t["mean"], t["var"], t["weight"], t["bias"], training, **options)
     b = reference.backward(
         t["dy"], t["x"], f.mean, f.var, t["weight"], t["bias"], training, **options
     )

@@ -102,6 +102,8 @@ def _check(
 ) -> None:
     """Refuse what cannot be computed, before anything is launched or changed."""
     if input.dim() < 2:
+        if input.shape == (0,):
+            return  # PyTorch takes it, and answers with the same
         raise ValueError(f"input: expected at least 2 dimensions [N, C, ...], got {input.dim()}D")
     if not input.is_floating_point() and not input.is_complex():
         raise ValueError(f"input: expected a floating-point dtype, got {input.dtype}")
@@ -187,7 +189,7 @@ def _unsupported(
         return "input is empty"
     if torch.compiler.is_exporting():
         return "the graph is being exported"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch._C._are_functorch_transforms_active():  # the one such query that dynamo understands
         return "a torch.func transform is active"
     if input.layout != torch.strided:
         return f"input is {input.layout}"

@@ -1,0 +1,36 @@
+"""These tests need a GPU, and a process in which Triton compiles (TRITON_INTERPRET=0)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(autouse=True)
+def memory() -> Iterator[None]:
+    """Each test starts with the memory of the one before given back."""
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@pytest.fixture
+def room(request: pytest.FixtureRequest) -> None:
+    """Skip unless the GPU has as many free GiB as the test's `gibibytes` parameter asks for."""
+    needed = request.node.callspec.params["gibibytes"]
+    free, _ = torch.cuda.mem_get_info()
+    if free < needed << 30:
+        pytest.skip(f"needs {needed} GiB of free GPU memory, has {free / 2**30:.1f}")

@@ -1,0 +1,91 @@
+"""CUDA graphs: a captured step replays with new data; statistics and counter move each time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tritonnorm import nn
+from tritonnorm.plan import force_plan
+
+SHAPE = (8, 12, 14, 14)
+
+
+def module(momentum: float | None, **options: Any) -> nn.BatchNorm2d:
+    torch.manual_seed(0)
+    bn = nn.BatchNorm2d(SHAPE[1], momentum=momentum, device="cuda", **options)
+    torch.nn.init.normal_(bn.weight)
+    return bn
+
+
+def batch(seed: int) -> torch.Tensor:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randn(SHAPE, device="cuda", generator=generator) * (seed + 1) + seed
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("algorithm", ["split", "resident"])
+def test_replay_of_a_training_step(momentum: float | None, algorithm: str) -> None:
+    bn, eager = (module(momentum, activation="relu") for _ in range(2))
+    x, residual = batch(0).requires_grad_(), torch.randn(SHAPE, device="cuda").requires_grad_()
+    dy = torch.randn(SHAPE, device="cuda")
+    leaves = (x, residual, bn.weight, bn.bias)
+
+    with force_plan(algorithm):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # compiles what the capture needs
+            for _ in range(3):
+                torch.autograd.grad(bn(x, residual), leaves, dy)
+        torch.cuda.current_stream().wait_stream(stream)
+        bn.reset_running_stats()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = bn(x, residual)
+            gradients = torch.autograd.grad(y, leaves, dy)
+        assert bn.num_batches_tracked.item() == 0  # a capture runs nothing
+
+        for step in range(1, 4):
+            with torch.no_grad():
+                x.copy_(batch(step))
+            graph.replay()
+            own = x.detach().clone().requires_grad_()
+            expected = eager(own, residual)
+            theirs = torch.autograd.grad(expected, (own, residual, eager.weight, eager.bias), dy)
+            assert torch.equal(y, expected)
+            for a, b in zip(gradients, theirs, strict=True):
+                assert torch.equal(a, b)
+            assert bn.num_batches_tracked.item() == step
+            for name, buffer in eager.named_buffers():
+                assert torch.equal(bn.get_buffer(name), buffer), (name, step)
+
+
+def test_replay_of_inference() -> None:
+    bn = module(0.1, activation="silu").eval()
+    x = batch(0)
+    with torch.no_grad():
+        bn(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = bn(x)
+        bn.running_mean.normal_()  # the graph reads the statistics of the moment
+        x.copy_(batch(5))
+        graph.replay()
+        assert torch.equal(y, bn(x))
+    assert bn.num_batches_tracked.item() == 0
+
+
+def test_no_host_synchronization() -> None:
+    """Neither forward nor backward waits for the GPU, with momentum None either."""
+    bn = module(None, activation="gelu")
+    x = batch(0).requires_grad_()
+    bn(x).sum().backward()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        bn(x).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert bn.num_batches_tracked.item() == 2
