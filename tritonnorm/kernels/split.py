@@ -142,6 +142,8 @@ class Split:
         """One pass more over everything that the statistics or the sums depend on."""
         if problem.direction == "forward":
             return minimum_bytes(problem) + problem.bytes
+        if not problem.sums:
+            return minimum_bytes(problem)
         reads = (
             2 + problem.reads_residual
         ) * problem.bytes + problem.mask * problem.view.mask_bytes

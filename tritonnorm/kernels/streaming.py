@@ -25,7 +25,9 @@ from .base import (
 )
 
 # Elements of a tile, with 4 warps: 32 a thread, four 16-byte loads of bf16 in flight per tensor.
+# Half of that in float64: with 4096 the compile audit finds spills on sm_80 (14) and sm_100 (4).
 TILE = 4096
+TILE_FLOAT64 = 2048
 # Programs per multiprocessor a launch should have. The compile audit finds 48 to 128 registers a
 # thread, so 4 to 10 programs of 4 warps are resident at once; more splits would only lengthen the
 # combine.
@@ -242,9 +244,14 @@ def splits_for(config: Config, problem: Problem) -> tuple[int, int, int]:
     return triton.cdiv(chunks, per_split), per_split, chunks
 
 
+def tile_elements(problem: Problem) -> int:
+    """Elements of the tile that the formula takes."""
+    return TILE_FLOAT64 if problem.accumulator == torch.float64 else TILE
+
+
 def streaming_config(problem: Problem, device: Device) -> Config:
     """Tiles of `TILE` elements, and enough splits of each channel block to fill the device."""
-    block_c, block_n, block_p = tile_shape(problem, TILE, max_block_c=64)
+    block_c, block_n, block_p = tile_shape(problem, tile_elements(problem), max_block_c=64)
     config = Config(block_c, block_n, block_p)
     blocks = config.channel_blocks(problem)
     splits = triton.cdiv(device.sms * PROGRAMS_PER_SM, blocks)
@@ -329,11 +336,12 @@ def partial_sums(problem: Problem, config: Config, like: torch.Tensor) -> torch.
 def streaming_candidates(problem: Problem, device: Device, first: Config) -> list[Config]:
     """Neighbours of a configuration: tiles of half and twice the size, fewer and more splits."""
     found = [first]
-    for elements in (TILE // 2, TILE, TILE * 2):
-        for max_block_c in (32, 64, 128) if problem.view.channels_last else (1,):
+    usual = tile_elements(problem)
+    for elements in (usual // 2, usual, usual * 2):
+        for max_block_c in (64, 128) if problem.view.channels_last else (1,):
             for programs_per_sm in (PROGRAMS_PER_SM // 4, PROGRAMS_PER_SM):
                 block_c, block_n, block_p = tile_shape(problem, elements, max_block_c)
-                config = Config(block_c, block_n, block_p, num_warps=8 if elements > TILE else 4)
+                config = Config(block_c, block_n, block_p, num_warps=8 if elements > usual else 4)
                 wanted = triton.cdiv(device.sms * programs_per_sm, config.channel_blocks(problem))
                 splits = max(1, min(wanted, config.chunks(problem)))
                 found.append(replace(config, splits=splits))

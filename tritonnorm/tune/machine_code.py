@@ -30,32 +30,44 @@ class Access:
     count: int
 
 
-def nvidia_resources(asm: Mapping[str, Any]) -> dict[str, Any]:
-    """Registers, stack, spills and accesses of a cubin, as keyword arguments of KernelReport."""
+def nvidia_resources(asm: Mapping[str, Any], disassemble: bool = True) -> dict[str, Any]:
+    """Registers, stack, spills and accesses of a cubin, as keyword arguments of KernelReport.
+
+    Disassembling takes a second. Without it loads and stores are counted in PTX. Spills live on the
+    stack, so a kernel without a stack has none; one with a stack is disassembled in any case.
+    """
+    accesses = _by_line(asm["ptx"], _ptx_access)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(asm["cubin"])
         usage = _cuobjdump("-res-usage", cubin)
+        found = re.search(r"REG:(\d+)\s+STACK:(\d+)\s.*?LOCAL:(\d+)", usage)
+        if found is None:
+            raise RuntimeError(
+                f"cuobjdump: expected REG, STACK and LOCAL figures, got {usage[:500]!r}"
+            )
+        stack = int(found[2]) + int(found[3])
         # triton's own asm["sass"] stops after 64 KB of machine code.
-        sass = _cuobjdump("-sass", cubin)
-    found = re.search(r"REG:(\d+)\s+STACK:(\d+)", usage)
-    if found is None:
-        raise RuntimeError(f"cuobjdump: expected REG and STACK figures, got {usage[:500]!r}")
+        sass = _cuobjdump("-sass", cubin) if disassemble or stack else None
     loads: collections.Counter[int] = collections.Counter()
     stores: collections.Counter[int] = collections.Counter()
     spills = 0
-    for name, modifiers in re.findall(r"\b(LDG|LDGSTS|STG|LDL|STL)\b((?:\.\w+)*)", sass):
-        if name in ("LDL", "STL"):
-            spills += 1
-        else:
-            (stores if name == "STG" else loads)[_sass_bits(modifiers)] += 1
+    if sass is None:
+        for access in accesses:
+            (stores if access.kind == "store" else loads)[access.bits] += access.count
+    else:
+        for name, modifiers in re.findall(r"\b(LDG|LDGSTS|STG|LDL|STL)\b((?:\.\w+)*)", sass):
+            if name in ("LDL", "STL"):
+                spills += 1
+            else:
+                (stores if name == "STG" else loads)[_sass_bits(modifiers)] += 1
     return {
         "registers": int(found[1]),
-        "stack": int(found[2]),
+        "stack": stack,
         "spills": spills,
         "loads": dict(sorted(loads.items())),
         "stores": dict(sorted(stores.items())),
-        "accesses": _by_line(asm["ptx"], _ptx_access),
+        "accesses": accesses,
     }
 
 

@@ -23,7 +23,15 @@ from tritonnorm.tune.machine_code import Access, amd_resources, nvidia_resources
 if TYPE_CHECKING:
     from triton.backends.compiler import GPUTarget
 
-__all__ = ["Access", "CompileError", "KernelReport", "KernelSpec", "compile_many", "inspect_kernel"]
+__all__ = [
+    "Access",
+    "CompileError",
+    "KernelReport",
+    "KernelSpec",
+    "compile_many",
+    "inspect_compiled",
+    "inspect_kernel",
+]
 
 WIDE = 128  # bits: the widest access that every supported GPU has
 
@@ -124,12 +132,26 @@ def inspect_kernel(
             f"kernel {kernel.__name__} for {_target_name(chosen)} with {settings} and "
             f"{dict(constexprs or {})}: {error}"
         ) from error
-    measure = nvidia_resources if chosen.backend == "cuda" else amd_resources
+    return inspect_compiled(compiled)
+
+
+def inspect_compiled(compiled: Any, disassemble: bool = True) -> KernelReport:
+    """Report on the machine code of a ``triton.compiler.CompiledKernel``, for whatever target.
+
+    Args:
+        compiled: the kernel.
+        disassemble: NVIDIA only. False is faster: loads and stores are then those of the PTX.
+    """
+    target = compiled.metadata.target
+    if target.backend == "cuda":
+        figures = nvidia_resources(compiled.asm, disassemble)
+    else:
+        figures = amd_resources(compiled.asm)
     return KernelReport(
-        kernel=kernel.__name__,
-        target=_target_name(chosen),
+        kernel=compiled.src.fn.__name__,
+        target=_target_name(target),
         shared=compiled.metadata.shared,
-        **measure(compiled.asm),
+        **figures,
     )
 
 
