@@ -55,6 +55,16 @@ def test_the_order_within_a_round_is_random_but_the_same_for_a_seed() -> None:
     assert {order(1)[i] for i in range(0, 24, 3)} == set("abc")
 
 
+def test_a_budget_ends_it_but_not_before_five_rounds() -> None:
+    def nap() -> float:
+        time.sleep(0.01)
+        return 1.0
+
+    found = interleaved({"a": [nap]}, FakeClock(), rounds=1000, budget=0.0)["a"]
+    assert found.rounds == 5
+    assert 5 <= interleaved({"a": [nap]}, FakeClock(), rounds=1000, budget=0.2)["a"].rounds < 100
+
+
 def test_several_calls_share_a_run() -> None:
     assert interleaved({"a": [lambda: 1.0, lambda: 3.0]}, FakeClock(), 1)["a"].median == 2.0
 

@@ -1,4 +1,4 @@
-"""Every algorithm moves exactly the bytes that its model says, and those are what the design asks for.
+"""Every algorithm moves exactly the bytes that its model says, and what the design asks for.
 
 The interpreter counts. An access out of bounds or a race fails the count itself.
 """
@@ -27,8 +27,8 @@ BN_ADD_ACT: dict = {"activation": "relu", "residual": True}
 BN_ADD_SMOOTH: dict = {"activation": "silu", "residual": True}
 KINDS = (BN, BN_ACT, BN_ADD, BN_ADD_ACT, BN_ADD_SMOOTH)
 
-# DESIGN.md, section 2, in units of S: (forward, backward) of BN, BN+act, BN+add+act; the last with a mask,
-# which the streaming backward reads twice.
+# DESIGN.md, section 2, in units of S: (forward, backward) of BN, BN+act, BN+add+act; the last with
+# a mask, which the streaming backward reads twice.
 DESIGN = {
     "resident": ((2, 3), (2, 3), (3, 4)),
     "split": ((3, 5), (3, 5), (4, 6)),
@@ -143,26 +143,37 @@ def test_what_is_counted_where() -> None:
     call = Call((2, 16, 4, 4), dtype=torch.float32, **BN_ADD_ACT)
     forward, backward = count(call, "resident", H200)
     size, mask = 2 * 16 * 16 * 4, 2 * 16 * 2
-    assert forward.tensors == {"x": (size, 0), "y": (0, size), "residual": (size, 0), "mask": (0, mask)}
+    assert forward.tensors == {
+        "x": (size, 0),
+        "y": (0, size),
+        "residual": (size, 0),
+        "mask": (0, mask),
+    }
     assert backward.tensors == {
         "dy": (size, 0), "x": (size, 0), "mask": (mask, 0), "dx": (0, size), "dresidual": (0, size),
     }  # fmt: skip
-    # mean, rstd written; weight, bias read; running mean and variance read and written; the counter.
+    # mean, rstd written; weight, bias read; running mean and variance read and written; the
+    # counter.
     assert forward.vectors == 8 * 16 * 4 + 2 * 8
-    # mean, rstd and weight read, dweight and dbias written; a mask makes the bias unnecessary, not unread.
+    # mean, rstd and weight read, dweight and dbias written; a mask makes the bias unnecessary, not
+    # unread.
     assert backward.vectors in (5 * 16 * 4, 6 * 16 * 4)
     assert forward.kernels == ("forward_kernel",) and backward.kernels == ("backward_kernel",)
 
 
 def test_one_direction_only() -> None:
     call = Call((2, 3, 3, 5))
-    assert [r.direction for r in count(call, "split", H200, directions=("backward",))] == ["backward"]
+    assert [r.direction for r in count(call, "split", H200, directions=("backward",))] == [
+        "backward"
+    ]
     (row,) = count(call, "split", H200, directions=("forward",))
     assert row.kernels == ("moments_kernel", "combine_moments_kernel", "apply_kernel")
 
 
 def test_an_algorithm_that_cannot() -> None:
-    with pytest.raises(ValueError, match="affine cannot run .* the statistics are those of the batch"):
+    with pytest.raises(
+        ValueError, match=r"affine cannot run .* the statistics are those of the batch"
+    ):
         count(Call((2, 3, 3, 5)), "affine", H200)
 
 

@@ -24,16 +24,23 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver as triton_driver
 from triton.runtime.jit import JITFunction
 
+from tritonnorm.tune.static import KernelReport, inspect_compiled
+
 __all__ = ["FakeDriver", "HostTime", "LaunchRecord", "Variant", "fake_driver", "host_time"]
 
 # triton caches kernels and device properties by device number: a number never used before gives
 # each driver its own caches, so that one target's kernels are not taken for another's.
 _device_numbers = itertools.count(10_000)
+# By triton's hash of source, options and target, and by whether the kernel was disassembled.
+_reports: dict[tuple[str, bool], KernelReport] = {}
 
 
 @dataclass(frozen=True)
 class LaunchRecord:
-    """One launch: kernel name, grid, launch options and the arguments by parameter name."""
+    """One launch: kernel name, grid, launch options and the arguments by parameter name.
+
+    `variant` is the index of the compiled form that ran, in `FakeDriver.variants`.
+    """
 
     kernel: str
     grid: tuple[int, int, int]
@@ -41,6 +48,7 @@ class LaunchRecord:
     num_stages: int
     cooperative: bool
     arguments: dict[str, Any]
+    variant: int
 
 
 @dataclass(frozen=True)
@@ -62,10 +70,26 @@ class FakeDriver:
     launches: list[LaunchRecord] = field(default_factory=list)
     variants: list[Variant] = field(default_factory=list)
     recording: bool = True
+    _sources: list[Any] = field(default_factory=list)  # of the variants
+    _device: int = 0
 
     def variant_count(self, kernel: str | None = None) -> int:
         """Compiled variants of the kernel of that name, or of all kernels."""
         return sum(kernel in (None, v.kernel) for v in self.variants)
+
+    def report(self, launch: LaunchRecord, disassemble: bool = True) -> KernelReport:
+        """The machine code that a launch ran; `disassemble` as in `inspect_compiled`.
+
+        Only while the driver is active: it then lets go of its kernels.
+        """
+        source = self._sources[launch.variant]
+        for compiled in source.fn.device_caches[self._device][0].values():
+            if compiled.src is source:
+                key = (compiled.hash, disassemble)
+                if key not in _reports:
+                    _reports[key] = inspect_compiled(compiled, disassemble)
+                return _reports[key]
+        raise RuntimeError(f"the driver that compiled {launch.kernel} is no longer active")
 
 
 @dataclass(frozen=True)
@@ -98,9 +122,8 @@ def fake_driver(
     if not isinstance(tl.sum, JITFunction):
         raise RuntimeError("TRITON_INTERPRET is on in this process: kernels are not compiled here")
     target = target or GPUTarget("cuda", 90, 32)
-    log = FakeDriver(target)
-    functions: list[Any] = []
     device = next(_device_numbers)
+    log = FakeDriver(target, _device=device)
     properties = {
         "max_shared_mem": shared_memory,
         "multiprocessor_count": multiprocessors,
@@ -110,12 +133,12 @@ def fake_driver(
     # The attribute behind `active`; reading `active` itself would look for a real GPU.
     slot = "_active" if hasattr(triton_driver, "_active") else "active"  # triton 3.4: active
     previous = getattr(triton_driver, slot)
-    triton_driver.set_active(_driver(log, device, properties, functions))
+    triton_driver.set_active(_driver(log, device, properties))
     try:
         yield log
     finally:
         # First the kernels: triton 3.9 asks the active driver to unload those that go.
-        for function in functions:
+        for function in {source.fn for source in log._sources}:
             function.device_caches.pop(device, None)
         setattr(triton_driver, slot, previous)
 
@@ -136,7 +159,7 @@ def host_time(call: Callable[[], Any], *, calls: int = 200, repeats: int = 15) -
     return HostTime(statistics.median(samples), min(samples), calls, repeats)
 
 
-def _driver(log: FakeDriver, device: int, properties: dict[str, int], functions: list[Any]) -> Any:
+def _driver(log: FakeDriver, device: int, properties: dict[str, int]) -> Any:
     """An object with the parts of a triton driver that specialising and launching touch."""
 
     class Launcher:
@@ -148,7 +171,8 @@ def _driver(log: FakeDriver, device: int, properties: dict[str, int], functions:
             self._num_warps = metadata.num_warps
             self._num_stages = getattr(metadata, "num_stages", 0)
             self._cooperative = bool(getattr(metadata, "launch_cooperative_grid", False))
-            functions.append(source.fn)
+            self._variant = len(log.variants)
+            log._sources.append(source)
             log.variants.append(
                 Variant(
                     kernel=self._kernel,
@@ -181,6 +205,7 @@ def _driver(log: FakeDriver, device: int, properties: dict[str, int], functions:
                         num_stages=self._num_stages,
                         cooperative=self._cooperative,
                         arguments=dict(zip(self._names, arguments, strict=True)),
+                        variant=self._variant,
                     )
                 )
 

@@ -119,3 +119,19 @@ def test_host_time_of_a_launch_leaves_no_records():
         )
     assert log.launches == [] and log.variant_count() == 1
     assert 1 < measured.median_us < 2000
+
+
+def test_report_of_what_a_launch_ran():
+    with fake_driver(GPUTarget("cuda", 80, 32)) as log:
+        scale(2, 64, 56, num_warps=8)
+        scale(2, 17, 7, num_warps=8)
+        scale(2, 64, 56, num_warps=8)
+        reports = [log.report(launch) for launch in log.launches]
+        quick = log.report(log.launches[0], disassemble=False)
+    assert [launch.variant for launch in log.launches] == [0, 1, 0]
+    assert reports[0] is reports[2]
+    assert {r.target for r in reports} == {"sm_80"}
+    assert reports[0].widest == 128 and set(reports[1].stores) == {16}
+    assert (quick.registers, quick.stores) == (reports[0].registers, reports[0].stores)
+    with pytest.raises(RuntimeError, match="no longer active"):
+        log.report(log.launches[0])

@@ -98,6 +98,20 @@ def test_spills_are_seen():
 
 
 @pytest.mark.skipif(OLD, reason="triton 3.4 has no AMD linker of its own")
+@pytest.mark.parametrize("rows", [2048, 32768])
+def test_without_disassembly(rows):
+    """Faster, and the same but for where the widths come from; spills are seen all the same."""
+    from tritonnorm.tune.static import _source, inspect_compiled
+
+    options = {"num_warps": 4, "maxnreg": 32, "enable_fp_fusion": True}
+    source = _source(scale_kernel, SIGNATURE, {"B": rows}, [*SIGNATURE])
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    full, quick = (inspect_compiled(compiled, disassemble=d) for d in (True, False))
+    assert quick == full if rows == 32768 else quick.spills == full.spills == quick.stack == 0
+    assert quick.registers == full.registers and quick.accesses == full.accesses
+    assert quick.widest == full.widest == 128
+
+
 def test_amd_spills_are_seen():
     report = inspect_kernel(
         scale_kernel, SIGNATURE, {"B": 2**18}, [*SIGNATURE], "gfx942", {"num_warps": 4}

@@ -1,0 +1,86 @@
+"""See what computes a batch norm: interpreted kernels, compiled kernels, or PyTorch's operators."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = ["Launches", "observe"]
+
+
+@dataclass
+class Launches:
+    """What ran inside an `observe` block.
+
+    Attributes:
+        interpreted: launches in Triton's interpreter by kernel name.
+        compiled: launches of compiled kernels by kernel name.
+        torch: calls of PyTorch's batch norm operators by operator name.
+    """
+
+    interpreted: Counter[str] = field(default_factory=Counter)
+    compiled: Counter[str] = field(default_factory=Counter)
+    torch: Counter[str] = field(default_factory=Counter)
+
+    def __str__(self) -> str:
+        parts = [
+            f"{total} launches of {len(kinds)} {what}"
+            for kinds, what in (
+                (self.interpreted, "kernels in Triton's interpreter"),
+                (self.compiled, "compiled Triton kernels"),
+            )
+            if (total := sum(kinds.values()))
+        ]
+        calls = sum(self.torch.values())
+        parts.append(f"{calls} calls of PyTorch's batch norm")
+        return ", ".join(parts)
+
+
+class _BatchNormOperators(TorchDispatchMode):
+    def __init__(self, seen: Counter[str]) -> None:
+        super().__init__()
+        self._seen = seen
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func.namespace != "tritonnorm" and "batch_norm" in func._opname:
+            self._seen[func._opname] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def observe() -> Iterator[Launches]:
+    """Count kernel launches, and calls of PyTorch's batch norm operators, while the block runs."""
+    found = Launches()
+    with contextlib.ExitStack() as stack:
+        if importlib.util.find_spec("triton") is not None:
+            from triton.runtime.interpreter import InterpretedFunction
+            from triton.runtime.jit import JITFunction
+
+            stack.enter_context(_counted(InterpretedFunction, found.interpreted))
+            stack.enter_context(_counted(JITFunction, found.compiled))
+        stack.enter_context(_BatchNormOperators(found.torch))
+        yield found
+
+
+@contextlib.contextmanager
+def _counted(kind: Any, seen: Counter[str]) -> Iterator[None]:
+    """Count the calls of ``kind.run``, through which every ``kernel[grid](...)`` goes."""
+    run = kind.run
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen[self.fn.__name__] += 1
+        return run(self, *args, **kwargs)
+
+    kind.run = counted
+    try:
+        yield
+    finally:
+        kind.run = run

@@ -1,0 +1,121 @@
+"""The compile audit: no spills, no stack, accesses as wide as alignment allows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench.audit import compile as compile_audit
+from bench.audit.compile import GPUS, CompileCase, audit, cases, expected_width
+from bench.audit.tables import compile_summary
+from bench.call import DIRECTIONS, Call
+from tritonnorm.device import KNOWN
+from tritonnorm.kernels import ALGORITHMS, BY_NAME
+from tritonnorm.kernels.base import Config
+
+CASES = cases()
+
+
+def name(case: CompileCase) -> str:
+    c = case.call
+    every = "every" if case.every_config else "formula"
+    return f"{case.target}-{case.algorithm}-{c.op}-{c.layout}-{c.size}-{c.type}-{every}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_compiles_well(case: CompileCase) -> None:
+    rows = audit(case)
+    assert not [row for row in rows if row.faults], compile_summary(rows)
+    for row in rows:
+        assert row.report.target == case.target and row.report.registers > 0
+        launches = {("affine", "forward"): 1, ("affine", "backward"): 2}
+        expected = {"split": 3, "resident": 1}.get(case.algorithm) or launches[
+            case.algorithm, row.direction
+        ]
+        assert row.launches == expected
+    if case.every_config:
+        device = KNOWN[GPUS[case.target]]
+        for direction in DIRECTIONS:
+            found = BY_NAME[case.algorithm].configs(case.call.problem(direction), device)
+            compiled = {replace(r.config, splits=1) for r in rows if r.direction == direction}
+            assert compiled == {replace(config, splits=1) for config in found}
+
+
+def test_every_algorithm_in_both_layouts_for_every_target() -> None:
+    every = {(c.algorithm, c.call.channels_last, c.target) for c in CASES if c.every_config}
+    assert every == {
+        (a.name, channels_last, target)
+        for a in ALGORITHMS
+        for channels_last in (False, True)
+        for target in GPUS
+    }
+    assert {c.call.dtype for c in CASES} == {
+        torch.float16, torch.bfloat16, torch.float32, torch.float64,
+    }  # fmt: skip
+    vectors = {(c.call.channels_last, c.call.problem("forward").vector) for c in CASES}
+    assert {(False, 1), (False, 4), (False, 16), (True, 4), (True, 16)} <= vectors
+
+
+def test_a_spill_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program too large for its registers, which a formula without a limit would choose."""
+    from tritonnorm.kernels import resident
+
+    monkeypatch.setattr(resident, "PAYLOAD", {4: 1 << 20})
+    call = Call((32, 64, 28, 28), False, activation="relu", residual=True)
+    rows = audit(CompileCase(call, "resident", "sm_90", every_config=False))
+    assert any("spills" in fault for row in rows for fault in row.faults)
+    assert any("stack" in fault for row in rows for fault in row.faults)
+    assert "have faults" in compile_summary(rows)
+
+
+def test_a_narrow_access_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the hint that a vector divides the contiguous axis, the compiler cannot prove it."""
+    geometry = Config.geometry
+    monkeypatch.setattr(Config, "geometry", lambda *args: {**geometry(*args), "VEC": 1})
+    call = Call((32, 256, 14, 14), False, activation="relu")
+    case = CompileCase(call, "split", "sm_90", every_config=False)
+    rows = [row for row in audit(case) if row.widths]
+    assert {fault for row in rows for fault in row.faults} >= {
+        "x is accessed in 16 of 64 bits", "y is accessed in 16 of 64 bits",
+    }  # fmt: skip
+
+
+def test_a_tensor_that_no_access_is_found_of_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a change of the kernels' wording would leave nothing to check."""
+    monkeypatch.setattr(
+        compile_audit, "_ACCESS", compile_audit.re.compile("(a)(b) that never occurs")
+    )
+    case = CompileCase(Call((32, 256, 14, 14), activation="relu"), "split", "sm_90", False)
+    with pytest.raises(RuntimeError, match="no access found of x, y"):
+        audit(case)
+
+
+@pytest.mark.parametrize(
+    ("shape", "channels_last", "dtype", "bits"),
+    [
+        ((32, 64, 56, 56), False, torch.bfloat16, 128),
+        ((32, 64, 14, 14), False, torch.bfloat16, 64),
+        ((32, 64, 14, 14), False, torch.float32, 128),
+        ((32, 64, 7, 7), False, torch.bfloat16, 16),
+        ((32, 64, 7, 7), True, torch.bfloat16, 128),
+        ((32, 36, 7, 7), True, torch.float16, 64),
+        ((32, 3, 7, 7), True, torch.float64, 64),
+    ],
+)
+def test_what_alignment_allows(shape, channels_last, dtype, bits) -> None:
+    call = Call(shape, channels_last, dtype)
+    config = Config(64, 1, 64) if channels_last else Config(1, 8, 512)
+    assert expected_width(CompileCase(call, "split", "sm_90"), "forward", config) == bits
+
+
+def test_a_tile_can_be_what_limits_the_width() -> None:
+    case = CompileCase(Call((32, 64, 56, 56)), "split", "sm_90")
+    assert expected_width(case, "forward", Config(1, 1, 256)) == 32  # two elements a thread
+    assert expected_width(replace(case, target="gfx942"), "forward", Config(1, 1, 256)) == 16
+
+
+def test_a_case_that_an_algorithm_cannot_run() -> None:
+    with pytest.raises(ValueError, match="affine cannot run"):
+        audit(CompileCase(Call((32, 64, 56, 56)), "affine", "sm_90"))
