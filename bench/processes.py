@@ -7,14 +7,14 @@ module; it is called as ``work(progress, *args)`` and its result comes back pick
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol, cast
+from unittest import mock
 
 __all__ = ["Job", "Progress", "WorkFailed", "run_jobs", "silent"]
 
@@ -83,7 +83,8 @@ def run_jobs(
                 i = waiting.pop(0)
                 here, there = context.Pipe(duplex=False)
                 process = context.Process(target=_child, args=(there, jobs[i]), name=jobs[i].name)
-                with _environment(TRITON_INTERPRET="1" if jobs[i].interpret else "0"):
+                mode = "1" if jobs[i].interpret else "0"
+                with mock.patch.dict(os.environ, TRITON_INTERPRET=mode):
                     process.start()
                 there.close()
                 running[here] = (i, process)
@@ -128,17 +129,3 @@ def _child(connection: Connection, job: Job) -> None:
         connection.send(("result", job.work(progress, *job.args)))
     except Exception as error:
         connection.send(("error", (f"{type(error).__name__}: {error}", traceback.format_exc())))
-
-
-@contextlib.contextmanager
-def _environment(**values: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, old in before.items():
-            if old is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = old

@@ -103,7 +103,8 @@ class BatchNorm1d(_FusedBatchNorm, torch.nn.BatchNorm1d):
         momentum: weight of a batch in the running statistics; None for a cumulative average.
         affine: learn a weight and a bias per channel.
         track_running_stats: keep running statistics, and use them in eval mode.
-        device, dtype: of the parameters and buffers.
+        device: of the parameters and buffers.
+        dtype: of the parameters and buffers.
         bias: learn a bias, if affine.
         activation: name of an activation of `tritonnorm.activation.ACTIVATIONS`, or None.
         activation_args: its parameters.

@@ -83,7 +83,8 @@ class FakeDriver:
         Only while the driver is active: it then lets go of its kernels.
         """
         source = self._sources[launch.variant]
-        for compiled in source.fn.device_caches[self._device][0].values():
+        caches = source.fn.device_caches
+        for compiled in caches[self._device][0].values() if self._device in caches else ():
             if compiled.src is source:
                 key = (compiled.hash, disassemble)
                 if key not in _reports:

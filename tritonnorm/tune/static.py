@@ -142,11 +142,9 @@ def inspect_compiled(compiled: Any, disassemble: bool = True) -> KernelReport:
         compiled: the kernel.
         disassemble: NVIDIA only. False is faster: loads and stores are then those of the PTX.
     """
-    target = compiled.metadata.target
-    if target.backend == "cuda":
-        figures = nvidia_resources(compiled.asm, disassemble)
-    else:
-        figures = amd_resources(compiled.asm)
+    target, asm = compiled.metadata.target, compiled.asm
+    cuda = target.backend == "cuda"
+    figures = nvidia_resources(asm, disassemble) if cuda else amd_resources(asm)
     return KernelReport(
         kernel=compiled.src.fn.__name__,
         target=_target_name(target),
