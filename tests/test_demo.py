@@ -17,7 +17,7 @@ from rich.console import Console
 
 import tritonnorm
 from bench.demo import digits, folding, training, view
-from bench.launches import Launches
+from bench.launches import Launches, observe
 from tritonnorm.timing import Timing
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,14 +99,13 @@ def test_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Clock:
-    """Says that the model with batch norms takes three seconds, the other two."""
+    """Says that what runs batch norms takes three seconds, and what runs none two."""
 
     def prepare(self, calls):
-        for call in calls:
-            call()
-        self.prepared = getattr(self, "prepared", 0) + 1
-        seconds = 4.0 - self.prepared
-        return lambda: seconds
+        with observe() as seen:
+            for call in calls:
+                call()
+        return lambda: 3.0 if seen.torch else 2.0
 
 
 @pytest.mark.zoo
@@ -160,7 +159,10 @@ def test_the_verdicts() -> None:
         threads=1,
         launches=Launches(),
     )
-    assert view.folding(silent, fold) and fold.speedup == 2.0
+    assert view.folding(silent, fold) and fold.speedup == 2.0 and fold.apart
+    near = replace(fold, folded=Timing(1.9, 1.8, 2.1, 9), original=Timing(2.0, 1.9, 2.2, 9))
+    assert not near.apart and view.folding(silent, near)
+    assert "does not tell them apart" in " ".join(silent.file.getvalue().split())
     assert not view.folding(silent, replace(fold, error=1e-3))
     assert not view.folding(silent, replace(fold, after=2))
 

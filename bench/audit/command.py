@@ -8,6 +8,7 @@ from bench.audit.compile import cases, compile_jobs, in_order
 from bench.audit.tables import (
     compile_summary,
     compile_table,
+    show,
     traffic_summary,
     traffic_table,
 )
@@ -28,9 +29,9 @@ def main(console: Console, quick: bool = False, processes: int = 2) -> int:
     with Screen(console, {"Traffic audit": ("traffic",), "Compile audit": ("compile",)}) as screen:
         traffic, *shares = run_jobs(jobs, screen.progress, at_once=processes)
     compiled = in_order(shares)
-    console.print(traffic_table(traffic))
+    show(console, traffic_table(traffic))
     console.print(traffic_summary(traffic), "\n")
-    console.print(compile_table(compiled))
+    show(console, compile_table(compiled))
     console.print(compile_summary(compiled))
     exact = all(row.exact for row in traffic)
     return 0 if exact and not any(row.faults for row in compiled) else 1

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Sequence
 
-from rich.console import Group
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -15,6 +16,7 @@ __all__ = [
     "compile_summary",
     "compile_table",
     "new_table",
+    "show",
     "titled",
     "traffic_summary",
     "traffic_table",
@@ -29,6 +31,14 @@ def new_table(left: Sequence[str], right: Sequence[str]) -> Table:
     for name in right:
         table.add_column(name, header_style="underline", justify="right", no_wrap=True)
     return table
+
+
+def show(console: Console, wide: RenderableType) -> None:
+    """Print something that may be wider than the terminal: its lines wrap, nothing is cut off."""
+    lines = Console(width=max(console.width, 140), file=io.StringIO(), force_terminal=True)
+    with lines.capture() as rendered:
+        lines.print(wide)
+    console.print(Text.from_ansi(rendered.get().rstrip("\n")), soft_wrap=True)
 
 
 def titled(title: str, table: Table) -> Group:

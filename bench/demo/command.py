@@ -95,7 +95,8 @@ def _show_training(console: Console, results: list[Any], out: Path) -> bool:
 
 def _fold_jobs(quick: bool, device: str) -> list[Job]:
     model, size, rounds = ("tiny", 64, 5) if quick else ("resnet-50", 224, 21)
-    return [Job("fold", folding.run, (model, device, size, rounds))]
+    # One thread: two that wait for each other measure what else the machine does.
+    return [Job("fold", folding.run, (model, device, size, rounds), threads=1)]
 
 
 def _show_fold(console: Console, results: list[Any], out: Path) -> bool:

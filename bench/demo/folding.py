@@ -56,6 +56,11 @@ class FoldResult:
         """Latency before over latency after."""
         return self.original.median / self.folded.median
 
+    @property
+    def apart(self) -> bool:
+        """Whether the spans from the 20th to the 80th percentile do not overlap."""
+        return self.original.p20 > self.folded.p80 or self.folded.p20 > self.original.p80
+
 
 def run(
     progress: Progress = silent,

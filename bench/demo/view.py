@@ -14,6 +14,7 @@ from bench.audit.tables import (
     compile_summary,
     compile_table,
     new_table,
+    show,
     titled,
     traffic_summary,
     traffic_table,
@@ -82,7 +83,7 @@ def training(console: Console, results: Sequence[TrainingResult]) -> bool:
         table.add_row("replaced", result.dtype, *_errors(result.ours))
         if result.torchs is not None:
             table.add_row("original", result.dtype, *_errors(result.torchs))
-    console.print(titled(title, table))
+    show(console, titled(title, table))
     for result in results:
         fine &= result.counters
         if result.dtype == "float64":
@@ -126,7 +127,7 @@ def digits(console: Console, result: DigitsResult, picture: Path) -> None:
     table = new_table(("network",), epochs)
     for curve in result.curves:
         table.add_row(curve.name, *(f"{100 * a:.1f}" for a in curve.accuracy))
-    console.print(titled(title, table))
+    show(console, titled(title, table))
     ours, torchs = (curve.accuracy for curve in result.curves[:2])
     apart = max(abs(a - b) for a, b in zip(ours, torchs, strict=True))
     console.print(f"Largest gap between the two with batch norm: {100 * apart:.1f} points.")
@@ -137,7 +138,7 @@ def folding(console: Console, r: FoldResult) -> bool:
     """Part 3; whether the folded model is equal."""
     section(console, "3  The same model folded for inference")
     gone = r.before - r.after
-    where = f"{r.threads} threads" if r.threads else "CUDA graphs"
+    where = f"{r.threads} thread{'s' * (r.threads > 1)}" if r.threads else "CUDA graphs"
     shape = "x".join(map(str, r.pixels))
     console.print(
         f"{r.model} in eval mode: {gone} of {r.before} batch norms are gone, {r.after} left. "
@@ -147,9 +148,11 @@ def folding(console: Console, r: FoldResult) -> bool:
     table = new_table(("model",), ("median ms", "20 %", "80 %"))
     for name, t in (("original, PyTorch's batch norm", r.original), ("folded", r.folded)):
         table.add_row(name, *_milliseconds(t))
-    console.print(titled(title, table))
+    show(console, titled(title, table))
     console.print(
-        f"Folded is {r.speedup:.2f} times as fast. Plain PyTorch ran on both sides "
+        f"Folded is {r.speedup:.2f} times as fast"
+        + (". " if r.apart else ", but the spans overlap: this run does not tell them apart. ")
+        + "Plain PyTorch ran on both sides "
         f"({sum(r.launches.torch.values())} calls of its batch norm for one image of the original, "
         f"{sum(r.launches.interpreted.values())} interpreted kernels)."
     )
@@ -166,10 +169,10 @@ def _milliseconds(t: Timing) -> list[str]:
 def audits(console: Console, traffic: Sequence[TrafficRow], compiled: Sequence[CompileRow]) -> bool:
     """Part 4 without a GPU; whether both audits pass."""
     section(console, "4  The kernels: audits, since there is no GPU to time them on")
-    console.print(traffic_table(traffic))
+    show(console, traffic_table(traffic))
     console.print(traffic_summary(traffic))
     console.print()
-    console.print(compile_table(compiled))
+    show(console, compile_table(compiled))
     console.print(compile_summary(compiled))
     return all(row.exact for row in traffic) and not any(row.faults for row in compiled)
 
@@ -194,7 +197,7 @@ def bandwidth(console: Console, r: BandwidthResult) -> bool:
             f"{100 * row.bandwidth / r.copy:.0f}",
             *(f"{faster:.2f}" if row.provider == OURS else "", f"{row.error:.1e}"),
         )
-    console.print(titled(title, table))
+    show(console, titled(title, table))
     return True
 
 

@@ -29,7 +29,7 @@ from .base import (
 # Warps of a program -> 32-bit registers a thread may spend on the tensors it keeps; the rest is for
 # addresses and reductions. The compile audit shows no spill within them on sm_80, sm_90, sm_100 and
 # gfx942.
-PAYLOAD = {4: 64, 8: 64, 16: 32}
+PAYLOAD = {4: 64, 8: 64}
 TILE = 4096  # elements of a chunk, at least one 16-byte access for every thread
 
 
