@@ -6,11 +6,12 @@ The interpreter counts. An access out of bounds or a race fails the count itself
 from __future__ import annotations
 
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
 
-from bench.audit.traffic import count
+from bench.audit.traffic import count, count_all, layer_calls
 from bench.call import DIRECTIONS, Call
 from bench.layers import RESNET50, twin
 from tritonnorm.device import KNOWN
@@ -18,6 +19,7 @@ from tritonnorm.kernels import ALGORITHMS, BY_NAME
 from tritonnorm.kernels.base import Config
 from tritonnorm.problem import minimum_bytes
 
+ROOT = Path(__file__).resolve().parent.parent
 H200 = KNOWN["h200"]
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BN: dict = {}
@@ -27,9 +29,9 @@ BN_ADD_ACT: dict = {"activation": "relu", "residual": True}
 BN_ADD_SMOOTH: dict = {"activation": "silu", "residual": True}
 KINDS = (BN, BN_ACT, BN_ADD, BN_ADD_ACT, BN_ADD_SMOOTH)
 
-# DESIGN.md, section 2, in units of S: (forward, backward) of BN, BN+act, BN+add+act; the last with
+# docs/kernels.md, in units of S: (forward, backward) of BN, BN+act, BN+add+act; the last with
 # a mask, which the streaming backward reads twice.
-DESIGN = {
+TABLE = {
     "resident": ((2, 3), (2, 3), (3, 4)),
     "split": ((3, 5), (3, 5), (4, 6)),
     "affine": ((2, 3), (2, 3), (3, 4)),
@@ -65,12 +67,12 @@ def test_the_table_of_the_design(algorithm: str, channels_last: bool, kind: int)
     call = Call((2, 16, 4, 4), channels_last, training=training(algorithm), **options)
     size = 2 * 16 * 4 * 4 * 2
     for i, row in enumerate(count(call, algorithm, H200)):
-        expected = DESIGN[algorithm][kind][i] * size
+        expected = TABLE[algorithm][kind][i] * size
         if kind == 2:
             assert call.problem("forward").view.mask_bytes * 16 == size
             expected += MASKS[algorithm][i] * size // 16
         assert row.counted == row.model == expected
-        assert row.minimum == DESIGN["resident"][kind][i] * size + (kind == 2) * size // 16
+        assert row.minimum == TABLE["resident"][kind][i] * size + (kind == 2) * size // 16
 
 
 SHAPES = [
@@ -159,6 +161,27 @@ def test_what_is_counted_where() -> None:
     # unread.
     assert backward.vectors in (5 * 16 * 4, 6 * 16 * 4)
     assert forward.kernels == ("forward_kernel",) and backward.kernels == ("backward_kernel",)
+
+
+def test_the_readme_has_these_numbers() -> None:
+    """The README's table is what `python -m bench audit --quick` counts."""
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()[:40]
+    written = {line for line in lines if line.startswith("| BN")}
+    rows = {(r.call, r.algorithm, r.direction): r for r in count_all(calls=layer_calls(quick=True))}
+    counted = set()
+    for (call, algorithm, direction), forward in rows.items():
+        if direction == "forward":
+            backward = rows[call, algorithm, "backward"]
+            cells = (
+                call.op + ("" if call.training else " (inference)"),
+                algorithm,
+                f"{call.size} {call.layout}",
+                *(f"{n:,}" for n in (forward.counted, forward.minimum)),
+                *(f"{n:,}" for n in (backward.counted, backward.minimum)),
+                f"{len(forward.kernels)} + {len(backward.kernels)}",
+            )
+            counted.add(f"| {' | '.join(cells)} |")
+    assert written == counted
 
 
 def test_one_direction_only() -> None:
