@@ -25,8 +25,8 @@ from .base import (
 )
 
 # Elements of a tile, with 4 warps: 32 a thread, four 16-byte loads of bf16 in flight per tensor.
-# In float64 a quarter, the same bytes: with 4096 the compile audit finds spills on sm_80 (14) and sm_100
-# (4), with 2048 still 4 on sm_100.
+# In float64 a quarter, the same bytes: with 4096 the compile audit finds spills on sm_80 (14) and
+# on sm_100 (4), with 2048 still 4 on sm_100.
 TILE = 4096
 TILE_FLOAT64 = 1024
 # Programs per multiprocessor a launch should have. The compile audit finds 48 to 128 registers a
