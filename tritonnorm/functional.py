@@ -194,14 +194,18 @@ def _unsupported(
     if input.layout != torch.strided:
         return f"input is {input.layout}"
     wide = torch.float64 if input.dtype == torch.float64 else torch.float32
-    for name, vector in (("weight", weight), ("bias", bias)):
-        if vector is not None and vector.dtype not in (input.dtype, wide):
+    for name, vector in (
+        ("weight", weight),
+        ("bias", bias),
+        ("running_mean", running_mean),
+        ("running_var", running_var),
+    ):
+        if vector is None:
+            continue
+        if vector.dtype not in (input.dtype, wide):
             return f"{name} is {vector.dtype} with an input of {input.dtype}"
-    for name, vector in (("running_mean", running_mean), ("running_var", running_var)):
-        if vector is not None and vector.dtype not in (input.dtype, wide):
-            return f"{name} is {vector.dtype} with an input of {input.dtype}"
-        if vector is not None and not vector.is_contiguous():
-            return f"{name} is not contiguous"
+        if name.startswith("running") and not vector.is_contiguous():
+            return f"{name} is not contiguous"  # it is updated in place
     return None
 
 
