@@ -54,6 +54,21 @@ KNOWN: dict[str, Device] = {
 }
 
 
+# Data sheets: bandwidth in bytes per second and last-level cache (Infinity Cache where there is
+# one) of what HIP shows as one device. The driver's figures would not do: it reports the clock of
+# the memory controller, a half to two thirds of what the formula needs, and the L2 in front of the
+# Infinity Cache.
+AMD: dict[str, tuple[float, int]] = {
+    "MI210": (1.638e12, 8 << 20),
+    "MI250": (1.638e12, 8 << 20),  # MI250, MI250X: half a package is a device
+    "MI300": (5.3e12, 256 << 20),
+    "MI325": (6.0e12, 256 << 20),
+    "MI350": (8.0e12, 256 << 20),
+    "MI355": (8.0e12, 256 << 20),
+    "RX 7900 XTX": (0.96e12, 96 << 20),
+    "RX 9070": (0.64e12, 64 << 20),
+}
+
 _cpu = INTERPRETER
 
 
@@ -84,14 +99,20 @@ def _probe(kind: str, index: int | None) -> Device:
     props = torch.cuda.get_device_properties(index)
     hip = torch.version.hip is not None
     arch = props.gcnArchName.split(":")[0] if hip else f"sm_{props.major}{props.minor}"
-    # kHz times bits: double data rate; 0 where the driver does not tell (unified memory parts).
-    clock = getattr(props, "memory_clock_rate", 0) or 0
-    width = getattr(props, "memory_bus_width", 0) or 0
+    l2_bytes = getattr(props, "L2_cache_size", 0) or 0
+    if hip:
+        known = next((facts for name, facts in AMD.items() if name in props.name), None)
+        bandwidth, l2_bytes = known or (0.0, l2_bytes)
+    else:
+        # kHz times bits: double data rate; 0 where the driver does not tell (unified memory parts).
+        clock = getattr(props, "memory_clock_rate", 0) or 0
+        width = getattr(props, "memory_bus_width", 0) or 0
+        bandwidth = 2.0 * clock * 1e3 * width / 8
     return Device(
         name=props.name,
         arch=arch,
         sms=props.multi_processor_count,
-        l2_bytes=getattr(props, "L2_cache_size", 0) or 0,
-        bandwidth=0.0 if hip else 2.0 * clock * 1e3 * width / 8,
+        l2_bytes=l2_bytes,
+        bandwidth=bandwidth,
         warp=getattr(props, "warp_size", 64 if hip else 32),
     )
