@@ -61,26 +61,31 @@ def observe() -> Iterator[Launches]:
     found = Launches()
     with contextlib.ExitStack() as stack:
         if importlib.util.find_spec("triton") is not None:
+            from triton.compiler import CompiledKernel
             from triton.runtime.interpreter import InterpretedFunction
             from triton.runtime.jit import JITFunction
 
-            stack.enter_context(_counted(InterpretedFunction, found.interpreted))
-            stack.enter_context(_counted(JITFunction, found.compiled))
+            # The first launch of a kernel goes through its `run`, the later ones through what that
+            # returned.
+            stack.enter_context(_counted(InterpretedFunction, "run", found.interpreted))
+            stack.enter_context(_counted(JITFunction, "run", found.compiled))
+            stack.enter_context(_counted(CompiledKernel, "__getitem__", found.compiled))
         stack.enter_context(_BatchNormOperators(found.torch))
         yield found
 
 
 @contextlib.contextmanager
-def _counted(kind: Any, seen: Counter[str]) -> Iterator[None]:
-    """Count the calls of ``kind.run``, through which every ``kernel[grid](...)`` goes."""
-    run = kind.run
+def _counted(kind: Any, method: str, seen: Counter[str]) -> Iterator[None]:
+    """Count the calls of a method of a kernel by the kernel's name."""
+    original = getattr(kind, method)
 
     def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        seen[self.fn.__name__] += 1
-        return run(self, *args, **kwargs)
+        function = self.fn if hasattr(self, "fn") else self.src.fn.fn
+        seen[function.__name__] += 1
+        return original(self, *args, **kwargs)
 
-    kind.run = counted
+    setattr(kind, method, counted)
     try:
         yield
     finally:
-        kind.run = run
+        setattr(kind, method, original)

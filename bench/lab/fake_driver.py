@@ -24,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver as triton_driver
 from triton.runtime.jit import JITFunction
 
+from tritonnorm.kernels.base import forget_compiled
 from tritonnorm.tune.static import KernelReport, inspect_compiled
 
 __all__ = ["FakeDriver", "HostTime", "LaunchRecord", "Variant", "fake_driver", "host_time"]
@@ -139,6 +140,7 @@ def fake_driver(
         yield log
     finally:
         # First the kernels: triton 3.9 asks the active driver to unload those that go.
+        forget_compiled(device)
         for function in {source.fn for source in log._sources}:
             function.device_caches.pop(device, None)
         setattr(triton_driver, slot, previous)

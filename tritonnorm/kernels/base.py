@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import triton
 from torch import Tensor
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
 
 from tritonnorm.device import Device
 from tritonnorm.problem import Problem
 
 from ._epilogue import EPILOGUES, Epilogue
+
+
+# Triton has both, but as functions for kernels too: a call from the host costs microseconds.
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
 
 
 @dataclass(frozen=True)
@@ -43,10 +54,10 @@ class Config:
     def chunks(self, problem: Problem) -> int:
         """Tiles that cover one channel block."""
         view = problem.view
-        return triton.cdiv(view.n, self.block_n) * triton.cdiv(view.p, self.block_p)
+        return cdiv(view.n, self.block_n) * cdiv(view.p, self.block_p)
 
     def channel_blocks(self, problem: Problem) -> int:
-        return triton.cdiv(problem.view.c, self.block_c)
+        return cdiv(problem.view.c, self.block_c)
 
     def geometry(self, problem: Problem) -> dict[str, Any]:
         """The compile-time arguments that describe tiles, the same for every kernel."""
@@ -199,9 +210,58 @@ def launch(
 
     Floating-point fusion is asked for explicitly: Triton 3.10 changes its default.
     """
-    guard = torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-    with guard:
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        _launch(kernel, grid, args, meta, num_warps)
+    else:
+        with torch.cuda.device(x.device):
+            _launch(kernel, grid, args, meta, num_warps)
+
+
+# What is launched -> the compiled kernel, and its compile-time arguments in the kernel's order.
+# Triton's own look-up walks all arguments with their names and builds a string from them.
+_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+
+
+def forget_compiled(device: int) -> None:
+    """Let go of what was compiled for a device: its driver ends."""
+    for key in [key for key in _compiled if key[0] == device]:
+        del _compiled[key]
+
+
+def _launch(
+    kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[str, Any], num_warps: int
+) -> None:
+    if not isinstance(kernel, JITFunction):  # the interpreter
         kernel[grid](*args, **meta, num_warps=num_warps, enable_fp_fusion=True)
+        return
+    key = _specialization(kernel, args, meta, num_warps)
+    found = _compiled.get(key)
+    if found is None:
+        compiled = kernel[grid](*args, **meta, num_warps=num_warps, enable_fp_fusion=True)
+        constants = tuple(meta[name] for name in kernel.arg_names[len(args) :])
+        _compiled[key] = compiled, constants
+    else:
+        compiled, constants = found
+        compiled[grid if len(grid) == 3 else (*grid, 1, 1)[:3]](*args, *constants)
+
+
+def _specialization(
+    kernel: Any, args: tuple[Any, ...], meta: dict[str, Any], num_warps: int
+) -> tuple[Any, ...]:
+    """The device, and everything that Triton compiles a kernel anew for."""
+    kinds: list[Any] = [driver.active.get_current_device(), id(kernel), num_warps]
+    for value in meta.values():  # functions by identity: their own hash is of their source
+        kinds.append(id(value) if isinstance(value, JITFunction) else value)
+    for a in args:
+        if a is None:
+            kinds.append(None)
+        elif type(a) is int:  # 1 is a constant; multiples of 16 are; 32 or 64 bits
+            kinds.append((a == 1, a % 16 == 0, -(2**31) <= a < 2**31))
+        elif type(a) is float:
+            kinds.append(float)
+        else:
+            kinds.append((a.dtype, a.data_ptr() % 16 == 0))
+    return tuple(kinds)
 
 
 def power_of_two_blocks(extent: int, limit: int, floor: int) -> int:
@@ -210,12 +270,12 @@ def power_of_two_blocks(extent: int, limit: int, floor: int) -> int:
     Never longer than the extent needs. Padding wastes issue slots, not bandwidth, so up to 1/16
     more of it is accepted for a larger block.
     """
-    best = min(limit, triton.next_power_of_2(extent))
+    best = min(limit, next_power_of_2(extent))
     floor = min(floor, best)
     candidates = [best]
     while candidates[-1] > floor:
         candidates.append(candidates[-1] // 2)
-    padded = [triton.cdiv(extent, b) * b for b in candidates]
+    padded = [cdiv(extent, b) * b for b in candidates]
     least = min(padded)
     return next(
         b for b, size in zip(candidates, padded, strict=True) if size <= least + least // 16
@@ -232,8 +292,8 @@ def tile_shape(problem: Problem, elements: int, max_block_c: int) -> tuple[int, 
     view = problem.view
     bits = 8 if problem.mask else 1  # a mask packs eight neighbours of the contiguous axis
     if view.channels_last:
-        block_c = min(max(bits, triton.next_power_of_2(view.c)), max_block_c)
-        return block_c, 1, min(triton.next_power_of_2(view.p), max(1, elements // block_c))
-    floor = min(64, triton.next_power_of_2(view.p))
+        block_c = min(max(bits, next_power_of_2(view.c)), max_block_c)
+        return block_c, 1, min(next_power_of_2(view.p), max(1, elements // block_c))
+    floor = min(64, next_power_of_2(view.p))
     block_p = max(bits, power_of_two_blocks(view.p, elements, floor))
-    return 1, min(triton.next_power_of_2(view.n), max(1, elements // block_p)), block_p
+    return 1, min(next_power_of_2(view.n), max(1, elements // block_p)), block_p

@@ -21,6 +21,7 @@ from .base import (
     ForwardArguments,
     advance_counter,
     launch,
+    next_power_of_2,
     power_of_two_blocks,
     predicted_seconds,
     x_strides,
@@ -270,7 +271,7 @@ class Resident:
         least = threads * 16 // problem.dtype.itemsize
         limit = max(TILE, least)
         if view.channels_last:
-            block_c = max(bits, min(max_block_c, triton.next_power_of_2(view.c)))
+            block_c = max(bits, min(max_block_c, next_power_of_2(view.c)))
             return Config(
                 block_c, 1, power_of_two_blocks(view.p, limit // block_c, least // block_c)
             )

@@ -20,6 +20,7 @@ from .base import (
     Config,
     ForwardArguments,
     advance_counter,
+    cdiv,
     launch,
     predicted_seconds,
     x_strides,
@@ -36,7 +37,7 @@ from .streaming import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["PER_SPLIT", "CHUNKS"])
 def moments_kernel(
     x_ptr,  # [N, C, P]
     partial_ptr,  # [3, SPLITS, C] out: count, mean, centred second moment
@@ -81,7 +82,7 @@ def moments_kernel(
     tl.store(row + 2 * plane, m2, mask=c < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["SPLITS"])
 def combine_moments_kernel(
     partial_ptr,  # [3, SPLITS, C]
     mean_ptr,  # [C] out
@@ -194,7 +195,7 @@ def launch_combine_moments(problem: Problem, a: ForwardArguments, partial: torch
     cumulative = advance_counter(a)
     launch(
         combine_moments_kernel,
-        (triton.cdiv(problem.view.c, COMBINE["BLOCK_C"]),),
+        (cdiv(problem.view.c, COMBINE["BLOCK_C"]),),
         a.x,
         *(partial, a.mean, a.rstd, a.running_mean, a.running_var, a.counter),
         *(problem.view.c, partial.shape[1], a.eps, 0.0 if a.momentum is None else a.momentum),

@@ -19,6 +19,7 @@ from .base import (
     BackwardArguments,
     Config,
     ForwardArguments,
+    cdiv,
     launch,
     tile_shape,
     x_strides,
@@ -38,7 +39,7 @@ PROGRAMS_PER_SM = 8
 COMBINE = {"BLOCK_C": 8, "BLOCK_S": 128}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["PER_SPLIT", "CHUNKS"])
 def apply_kernel(
     x_ptr,  # [N, C, P] input
     y_ptr,  # [N, C, P] output, dense
@@ -110,7 +111,7 @@ def apply_kernel(
             tl.store(mask_ptr + bytes_at, bits, mask=bytes_valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["PER_SPLIT", "CHUNKS"])
 def gradient_kernel(
     dy_ptr,  # [N, C, P] dense
     x_ptr,  # [N, C, P]
@@ -204,7 +205,7 @@ def gradient_kernel(
         tl.store(row + tl.num_programs(1).to(tl.int64) * C, sum_gx, mask=c < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["SPLITS"])
 def combine_sums_kernel(
     partial_ptr,  # [2, SPLITS, C]
     rstd_ptr,  # [C]
@@ -241,8 +242,8 @@ def splits_for(config: Config, problem: Problem) -> tuple[int, int, int]:
     """``(splits, chunks per split, chunks)``: the configuration's splits, less those that would be
     empty."""
     chunks = config.chunks(problem)
-    per_split = triton.cdiv(chunks, min(config.splits, chunks))
-    return triton.cdiv(chunks, per_split), per_split, chunks
+    per_split = cdiv(chunks, min(config.splits, chunks))
+    return cdiv(chunks, per_split), per_split, chunks
 
 
 def tile_elements(problem: Problem) -> int:
@@ -255,7 +256,7 @@ def streaming_config(problem: Problem, device: Device) -> Config:
     block_c, block_n, block_p = tile_shape(problem, tile_elements(problem), max_block_c=64)
     config = Config(block_c, block_n, block_p)
     blocks = config.channel_blocks(problem)
-    splits = triton.cdiv(device.sms * PROGRAMS_PER_SM, blocks)
+    splits = cdiv(device.sms * PROGRAMS_PER_SM, blocks)
     splits = max(1, min(splits, config.chunks(problem)))
     return Config(block_c, block_n, block_p, splits)
 
@@ -321,7 +322,7 @@ def launch_combine_sums(
     """Launch `combine_sums_kernel` over partial sums ``[2, SPLITS, C]``."""
     launch(
         combine_sums_kernel,
-        (triton.cdiv(problem.view.c, COMBINE["BLOCK_C"]),),
+        (cdiv(problem.view.c, COMBINE["BLOCK_C"]),),
         a.x,
         *(partial, a.rstd, sums, a.dweight, a.dbias, problem.view.c, partial.shape[1]),
         **COMBINE,
@@ -343,7 +344,7 @@ def streaming_candidates(problem: Problem, device: Device, first: Config) -> lis
             for programs_per_sm in (PROGRAMS_PER_SM // 4, PROGRAMS_PER_SM):
                 block_c, block_n, block_p = tile_shape(problem, elements, max_block_c)
                 config = Config(block_c, block_n, block_p, num_warps=8 if elements > usual else 4)
-                wanted = triton.cdiv(device.sms * programs_per_sm, config.channel_blocks(problem))
+                wanted = cdiv(device.sms * programs_per_sm, config.channel_blocks(problem))
                 splits = max(1, min(wanted, config.chunks(problem)))
                 found.append(replace(config, splits=splits))
     return list(dict.fromkeys(found))

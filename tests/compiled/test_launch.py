@@ -1,0 +1,121 @@
+"""Warm launches go to the compiled kernel directly, where Triton would take the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from triton.runtime.jit import JITFunction
+
+from bench.call import Call
+from bench.lab.fake_driver import FakeDriver, fake_driver
+from bench.launches import observe
+from tritonnorm import force_plan
+from tritonnorm.device import KNOWN, simulated
+from tritonnorm.kernels import base
+
+CALL = Call((4, 16, 8, 8), True, torch.bfloat16, "relu", residual=True)
+
+
+@pytest.fixture
+def log() -> Iterator[FakeDriver]:
+    with simulated(KNOWN["h200"]), fake_driver() as found:
+        yield found
+
+
+def tensors(call: Call = CALL):
+    return call.tensors(generator=torch.Generator().manual_seed(0))
+
+
+def through_triton(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the kernels whose launch goes through Triton's own look-up, from now on."""
+    seen: list[str] = []
+    run = JITFunction.run
+
+    def counted(self, *args, **kwargs):
+        seen.append(self.fn.__name__)
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(JITFunction, "run", counted)
+    return seen
+
+
+@pytest.mark.parametrize("algorithm", ["resident", "split"])
+def test_a_warm_launch_is_the_same_without_a_look_up(log, monkeypatch, algorithm: str) -> None:
+    t = tensors()
+    with force_plan(algorithm):
+        t.backward(t.forward())
+        cold = list(log.launches)
+        log.launches.clear()
+        seen = through_triton(monkeypatch)
+        t.backward(t.forward())
+    assert seen == [] and len(log.launches) == len(cold) >= 2
+    for before, after in zip(cold, log.launches, strict=True):
+        assert (before.kernel, before.grid, before.variant, before.num_warps) == (
+            *(after.kernel, after.grid, after.variant),
+            after.num_warps,
+        )
+        assert list(before.arguments) == list(after.arguments)
+        for name, value in before.arguments.items():
+            if not isinstance(value, torch.Tensor):
+                assert after.arguments[name] is value or after.arguments[name] == value
+            else:
+                assert after.arguments[name].shape == value.shape
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Call((4, 17, 8, 8), True, torch.bfloat16, "relu", residual=True),  # C: not a multiple of 16
+        Call((4, 16, 8, 8), True, torch.float16, "relu", residual=True),
+        Call((4, 16, 8, 8), True, torch.bfloat16, "relu6", residual=True),
+        Call((4, 16, 8, 8), True, torch.bfloat16, "relu"),
+        Call((1, 16, 8, 8), False, torch.bfloat16, "relu", residual=True),  # N: 1 is a constant
+        Call((4, 16, 8, 8), False, torch.bfloat16, "leaky_relu", residual=True),
+    ],
+    ids=str,
+)
+def test_what_triton_compiles_anew_is_looked_up_anew(log, monkeypatch, other: Call) -> None:
+    with force_plan("split"):
+        tensors().forward()
+        known = len(log.variants)
+        seen = through_triton(monkeypatch)
+        tensors(other).forward()
+    assert "apply_kernel" in seen and len(log.variants) > known
+
+
+def test_the_alignment_of_a_tensor_matters(log, monkeypatch) -> None:
+    t = tensors()
+    t.forward()
+    known = len(log.variants)
+    memory = torch.empty(t.bias.numel() + 1)
+    t.bias = memory[1:].copy_(t.bias.detach()).requires_grad_()
+    assert t.bias.data_ptr() % 16 != 0
+    seen = through_triton(monkeypatch)
+    t.forward()
+    assert seen == ["forward_kernel"] and len(log.variants) == known + 1
+
+
+def test_another_shape_of_the_same_kind_is_no_new_kernel(log) -> None:
+    with force_plan("split"):
+        tensors(Call((64, 64, 32, 32), True, torch.bfloat16, "relu")).forward()
+        known = len(log.variants)
+        tensors(Call((3, 128, 48, 57), True, torch.bfloat16, "relu")).forward()
+    assert len(log.variants) == known
+
+
+def test_a_driver_that_ended_leaves_nothing() -> None:
+    before = dict(base._compiled)
+    with simulated(KNOWN["h200"]), fake_driver():
+        tensors().forward()
+        assert len(base._compiled) > len(before)
+    assert base._compiled == before
+
+
+def test_warm_launches_are_observed(log) -> None:
+    t = tensors()
+    t.forward()
+    with observe() as seen:
+        t.forward()
+    assert seen.compiled == {"forward_kernel": 1}
