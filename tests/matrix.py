@@ -228,14 +228,14 @@ def ran() -> Iterator[list[str]]:
     from tritonnorm import ops
 
     names: list[str] = []
-    plan = ops.plan
+    recipe = ops._recipe
 
     def recorded(*args: Any) -> Any:
-        chosen = plan(*args)
-        names.append(chosen.algorithm)
-        return chosen
+        found = recipe(*args)
+        names.append(found.plan.algorithm)
+        return found
 
-    with mock.patch.object(ops, "plan", recorded):
+    with mock.patch.object(ops, "_recipe", recorded):
         yield names
 
 

@@ -10,9 +10,10 @@ checked above, in `functional`; gradients are attached there too, by `autograd`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from torch import Tensor
 from .activation import ACTIVATIONS
 from .device import Device
 from .kernels.base import BackwardArguments, EpilogueArguments, ForwardArguments
-from .plan import plan
+from .plan import Forced, Plan, choose, forced
 from .problem import Activity, Problem, View
 
 _library = torch.library.Library("tritonnorm", "DEF")
@@ -55,29 +56,68 @@ def activity(activation: str) -> Activity:
     return "two_valued" if ACTIVATIONS[activation].two_valued else "smooth"
 
 
-@lru_cache(maxsize=4096)
-def _layout(
-    sizes: tuple[int, ...], strides: tuple[int, ...]
-) -> tuple[View | None, tuple[int, ...]]:
-    """The view of a tensor (None if it has none), and the strides of its dense twin."""
-    return _view(sizes, strides)
-
-
 def _view(sizes: Any, strides: Any) -> tuple[View | None, Any]:
+    """The view of a tensor (None if it has none), and the strides of its dense twin."""
     tensor = torch.empty_strided(sizes, strides, device="meta")
     dense = torch.empty_like(tensor).stride()
     return View.of(sizes, strides, dense), dense
 
 
-def _located(x: Tensor) -> tuple[Tensor, View, tuple[int, ...]]:
-    """The tensor, or a dense copy where its strides have no view; its view; the strides of a dense
-    twin."""
-    view, dense = _layout(tuple(x.shape), x.stride())
+class _Recipe(NamedTuple):
+    """Everything about a call that does not depend on the contents of its tensors.
+
+    Attributes:
+        run: launches the kernels of the plan.
+        plan: the algorithm and its configuration.
+        problem: what they compute.
+        dense: strides of a dense twin of the input.
+        copies: whether the input has no view, and a dense copy of it is computed on.
+    """
+
+    run: Callable[[Any], None]
+    plan: Plan
+    problem: Problem
+    dense: tuple[int, ...]
+    copies: bool
+
+
+@lru_cache(maxsize=16384)
+def _recipe(
+    direction: Literal["forward", "backward"],
+    sizes: tuple[int, ...],
+    strides: tuple[int, ...],
+    dtype: torch.dtype,
+    device: Device,
+    forced: Forced | None,
+    batch_statistics: bool,
+    activation: str,
+    activation_args: tuple[float, ...],
+    residual: bool,
+    mask: bool,
+    needs: tuple[bool, ...] = (),
+) -> _Recipe:
+    """Made once for all calls that are alike."""
+    view, dense = _view(sizes, strides)
+    copies = view is None
     if view is None:
-        x = torch.empty_like(x).copy_(x)
-        view, dense = _layout(tuple(x.shape), x.stride())
+        view, _ = _view(sizes, dense)
         assert view is not None
-    return x, view, dense
+    problem = Problem(
+        direction, batch_statistics, view, dtype, activity(activation), residual, mask
+    )
+    epilogue = EpilogueArguments.named(activation, activation_args)
+    run: Callable[[Any], None]
+    if direction == "forward":
+        chosen = choose(problem, device, (), forced)
+        run = chosen.runs.forward(problem, chosen.config, epilogue)
+    else:
+        dx, dresidual, dweight, dbias = needs
+        problem = replace(
+            problem, needs_dx=dx, needs_dresidual=dresidual, needs_dparams=dweight or dbias
+        )
+        chosen = choose(problem, device, (), forced)
+        run = chosen.runs.backward(problem, chosen.config, epilogue)
+    return _Recipe(run, chosen, problem, dense, copies)
 
 
 def _like_dense(t: Tensor, dense: tuple[int, ...]) -> Tensor:
@@ -111,27 +151,18 @@ def _forward(
     save_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     y = torch.empty_like(x)
-    x, view, dense = _located(x)
-    problem = Problem(
-        "forward",
-        batch_statistics,
-        view,
-        x.dtype,
-        activity(activation),
-        residual is not None,
-        save_mask,
+    recipe = _recipe(
+        *("forward", x.shape, x.stride(), x.dtype, Device.of(x.device), forced()),
+        *(batch_statistics, activation, tuple(activation_args), residual is not None, save_mask),
     )
-    mean, rstd, mask = _saved(x, problem, save_statistics)
-    chosen = plan(problem, Device.of(x.device))
-    chosen.runs.forward(
-        problem,
-        chosen.config,
+    mean, rstd, mask = _saved(x, recipe.problem, save_statistics)
+    recipe.run(
         ForwardArguments(
-            x=x,
+            x=torch.empty_like(x).copy_(x) if recipe.copies else x,
             y=y,
             mean=mean if save_statistics else None,
             rstd=rstd if save_statistics else None,
-            residual=None if residual is None else _like_dense(residual, dense),
+            residual=None if residual is None else _like_dense(residual, recipe.dense),
             mask=mask if save_mask else None,
             weight=_vector(weight),
             bias=_vector(bias),
@@ -140,8 +171,7 @@ def _forward(
             counter=counter,
             momentum=momentum,
             eps=eps,
-            epilogue=EpilogueArguments.named(activation, activation_args),
-        ),
+        )
     )
     return y, mean, rstd, mask
 
@@ -212,31 +242,20 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``needs``: which of dinput, dresidual, dweight, dbias to compute; the others come back
     empty."""
-    x, view, dense = _located(input)
-    problem = Problem(
-        "backward",
-        batch_statistics,
-        view,
-        x.dtype,
-        activity(activation),
-        residual is not None or mask is not None,
-        mask is not None,
-        needs[0],
-        needs[1],
-        needs[2] or needs[3],
+    recipe = _recipe(
+        *("backward", input.shape, input.stride(), input.dtype, Device.of(input.device), forced()),
+        *(batch_statistics, activation, tuple(activation_args)),
+        *(residual is not None or mask is not None, mask is not None, tuple(needs)),
     )
     outputs = _gradients(input, weight, bias, needs)
     dx, dresidual, dweight, dbias = (t if n else None for t, n in zip(outputs, needs, strict=True))
-    chosen = plan(problem, Device.of(x.device))
-    chosen.runs.backward(
-        problem,
-        chosen.config,
+    recipe.run(
         BackwardArguments(
-            dy=_like_dense(grad, dense),
-            x=x,
+            dy=_like_dense(grad, recipe.dense),
+            x=torch.empty_like(input).copy_(input) if recipe.copies else input,
             mean=mean,
             rstd=rstd,
-            residual=None if residual is None else _like_dense(residual, dense),
+            residual=None if residual is None else _like_dense(residual, recipe.dense),
             mask=mask,
             weight=_vector(weight),
             bias=_vector(bias),
@@ -244,8 +263,7 @@ def _backward(
             dresidual=dresidual,
             dweight=dweight,
             dbias=dbias,
-            epilogue=EpilogueArguments.named(activation, activation_args),
-        ),
+        )
     )
     return outputs
 
@@ -298,7 +316,10 @@ def _(grad: Tensor, input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, 
 
 def unpack_mask(mask: Tensor, x: Tensor) -> Tensor:
     """The bits of a mask as a boolean tensor of the shape of ``x``."""
-    _, view, dense = _located(x)
+    view, dense = _view(x.shape, x.stride())
+    if view is None:
+        view, _ = _view(x.shape, dense)
+        assert view is not None
     rows = mask.reshape(-1, -(-view.fast // 8))
     bits = (rows[:, :, None] >> torch.arange(8, device=mask.device)) & 1
     in_memory_order = bits.reshape(rows.shape[0], -1)[:, : view.fast].reshape(-1).bool()

@@ -117,6 +117,11 @@ def force_plan(algorithm: str, config: Config | None = None) -> Iterator[None]:
         _forced = before
 
 
+def forced() -> Forced | None:
+    """What `force_plan` forces at the moment."""
+    return _forced
+
+
 def plan(problem: Problem, device: Device) -> Plan:
     """`choose`, remembered, with what is forced at the moment."""
     return _remembered(problem, device, _forced)

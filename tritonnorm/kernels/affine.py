@@ -5,14 +5,22 @@ Backward: one read of dy (and of x, where the gradient depends on it), one write
 sums over a channel are kept per split and combined in a fixed order.
 """
 
+from collections.abc import Callable
+
 from tritonnorm.device import Device
 from tritonnorm.problem import Problem, minimum_bytes
 
-from .base import BackwardArguments, Config, ForwardArguments, predicted_seconds
+from .base import (
+    BackwardArguments,
+    Config,
+    EpilogueArguments,
+    ForwardArguments,
+    predicted_seconds,
+)
 from .streaming import (
-    launch_apply,
-    launch_combine_sums,
-    launch_gradient,
+    apply_launch,
+    combine_sums_launch,
+    gradient_launch,
     partial_sums,
     splits_for,
     streaming_candidates,
@@ -43,12 +51,30 @@ class Affine:
         launches = 2 if problem.direction == "backward" and problem.needs_dparams else 1
         return predicted_seconds(device, minimum_bytes(problem), programs, launches)
 
-    def forward(self, problem: Problem, config: Config, a: ForwardArguments) -> None:
-        assert a.running_mean is not None and a.running_var is not None
-        launch_apply(problem, config, a, a.running_mean, a.running_var, from_variance=True)
+    def forward(
+        self, problem: Problem, config: Config, epilogue: EpilogueArguments
+    ) -> Callable[[ForwardArguments], None]:
+        apply = apply_launch(problem, config, epilogue, given=True)
 
-    def backward(self, problem: Problem, config: Config, a: BackwardArguments) -> None:
-        partial = partial_sums(problem, config, a.rstd) if problem.needs_dparams else None
-        launch_gradient(problem, config, a, partial, None, write=True)
-        if partial is not None:
-            launch_combine_sums(problem, a, partial, None)
+        def run(a: ForwardArguments) -> None:
+            assert a.running_mean is not None and a.running_var is not None
+            apply(a, a.running_mean, a.running_var)
+
+        return run
+
+    def backward(
+        self, problem: Problem, config: Config, epilogue: EpilogueArguments
+    ) -> Callable[[BackwardArguments], None]:
+        sums = problem.needs_dparams
+        gradient = gradient_launch(
+            problem, config, epilogue, sums=sums, corrects=False, writes=True
+        )
+        combine = combine_sums_launch(problem, config)
+
+        def run(a: BackwardArguments) -> None:
+            partial = partial_sums(problem, config, a.rstd) if sums else None
+            gradient(a, partial, None)
+            if partial is not None:
+                combine(a, partial, None)
+
+        return run

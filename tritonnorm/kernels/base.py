@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -96,7 +97,7 @@ class EpilogueArguments:
         return {"A": a, "B": b}
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # frozen, each field would cost a call
 class ForwardArguments:
     """Tensors and scalars of a forward launch. C-vectors are contiguous; x alone may have its own
     strides.
@@ -118,10 +119,9 @@ class ForwardArguments:
     counter: Tensor | None  # [] int64 num_batches_tracked
     momentum: float | None
     eps: float
-    epilogue: EpilogueArguments
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class BackwardArguments:
     """Tensors of a backward launch; a gradient that is None is not computed."""
 
@@ -137,7 +137,6 @@ class BackwardArguments:
     dresidual: Tensor | None  # [N, C, P] dense, written
     dweight: Tensor | None  # [C] written
     dbias: Tensor | None  # [C] written
-    epilogue: EpilogueArguments
 
 
 class Algorithm(Protocol):
@@ -162,11 +161,16 @@ class Algorithm(Protocol):
         """Seconds that the launches should take: what the formula compares, and what a tuner may
         check."""
 
-    def forward(self, problem: Problem, config: Config, a: ForwardArguments) -> None:
-        """Launch the forward kernels."""
+    def forward(
+        self, problem: Problem, config: Config, epilogue: EpilogueArguments
+    ) -> Callable[[ForwardArguments], None]:
+        """Everything that does not depend on tensors, done once. What comes back launches the
+        kernels."""
 
-    def backward(self, problem: Problem, config: Config, a: BackwardArguments) -> None:
-        """Launch the backward kernels."""
+    def backward(
+        self, problem: Problem, config: Config, epilogue: EpilogueArguments
+    ) -> Callable[[BackwardArguments], None]:
+        """The same for the gradients."""
 
 
 # Seconds between the starts of two dependent small launches. A rounded estimate, to be measured:
@@ -203,65 +207,85 @@ def advance_counter(a: ForwardArguments) -> bool:
     return True
 
 
-def launch(
-    kernel: Any, grid: tuple[int, ...], x: Tensor, *args: Any, num_warps: int, **meta: Any
-) -> None:
-    """Launch a kernel on the device of `x`.
+class Launch:
+    """One launch of a kernel with everything fixed but its tensors, and floats such as eps.
 
+    A kernel's arguments come in this order: tensors and floats, sizes, compile-time values.
     Floating-point fusion is asked for explicitly: Triton 3.10 changes its default.
+
+    Args:
+        kernel: what `triton.jit` made.
+        grid: programs in up to three dimensions.
+        sizes: integers, or None for an argument that is left out of the compiled kernel.
+        num_warps: of a program.
+        meta: compile-time arguments by name.
     """
-    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
-        _launch(kernel, grid, args, meta, num_warps)
-    else:
-        with torch.cuda.device(x.device):
-            _launch(kernel, grid, args, meta, num_warps)
+
+    __slots__ = ("_grid", "_kernel", "_options", "_sizes", "_tail")
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        sizes: Sequence[int | None],
+        num_warps: int,
+        **meta: Any,
+    ) -> None:
+        self._kernel = kernel
+        self._grid = (*grid, 1, 1)[:3]
+        self._sizes = tuple(sizes)
+        self._options = {**meta, "num_warps": num_warps, "enable_fp_fusion": True}
+        self._tail = (*self._sizes, *(meta[name] for name in kernel.arg_names if name in meta))
+
+    def __call__(self, *tensors: Any) -> None:
+        """Launch on the device of the first tensor."""
+        if not isinstance(self._kernel, JITFunction):  # the interpreter
+            self._by_triton(tensors)
+            return
+        device = driver.active.get_current_device()
+        first = tensors[0]
+        if not first.is_cuda or first.get_device() == device:
+            self._run(device, tensors)
+        else:
+            with torch.cuda.device(first.device):
+                self._run(first.get_device(), tensors)
+
+    def _run(self, device: int, tensors: tuple[Any, ...]) -> None:
+        """Launch what is compiled already.
+
+        Triton's own look-up walks all arguments by name and makes a string of them. Here the sizes
+        are fixed, and what is compiled depends only on the dtypes of the tensors, if all of them
+        are aligned to 16 bytes.
+        """
+        addresses = 0
+        kinds: list[Any] = [self]
+        for t in tensors:
+            if t is None or t.__class__ is float:
+                kinds.append(None)
+            else:
+                addresses |= t.data_ptr()
+                kinds.append(t.dtype)
+        if addresses % 16:
+            self._by_triton(tensors)
+            return
+        known, key = _compiled[device], tuple(kinds)
+        compiled = known.get(key)
+        if compiled is None:
+            known[key] = self._by_triton(tensors)
+        else:
+            compiled[self._grid](*tensors, *self._tail)
+
+    def _by_triton(self, tensors: tuple[Any, ...]) -> Any:
+        return self._kernel[self._grid](*tensors, *self._sizes, **self._options)
 
 
-# What is launched -> the compiled kernel, and its compile-time arguments in the kernel's order.
-# Triton's own look-up walks all arguments with their names and builds a string from them.
-_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+# Device -> launch and dtypes -> compiled kernel.
+_compiled: defaultdict[int, dict[tuple[Any, ...], Any]] = defaultdict(dict)
 
 
 def forget_compiled(device: int) -> None:
     """Let go of what was compiled for a device: its driver ends."""
-    for key in [key for key in _compiled if key[0] == device]:
-        del _compiled[key]
-
-
-def _launch(
-    kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[str, Any], num_warps: int
-) -> None:
-    if not isinstance(kernel, JITFunction):  # the interpreter
-        kernel[grid](*args, **meta, num_warps=num_warps, enable_fp_fusion=True)
-        return
-    key = _specialization(kernel, args, meta, num_warps)
-    found = _compiled.get(key)
-    if found is None:
-        compiled = kernel[grid](*args, **meta, num_warps=num_warps, enable_fp_fusion=True)
-        constants = tuple(meta[name] for name in kernel.arg_names[len(args) :])
-        _compiled[key] = compiled, constants
-    else:
-        compiled, constants = found
-        compiled[grid if len(grid) == 3 else (*grid, 1, 1)[:3]](*args, *constants)
-
-
-def _specialization(
-    kernel: Any, args: tuple[Any, ...], meta: dict[str, Any], num_warps: int
-) -> tuple[Any, ...]:
-    """The device, and everything that Triton compiles a kernel anew for."""
-    kinds: list[Any] = [driver.active.get_current_device(), id(kernel), num_warps]
-    for value in meta.values():  # functions by identity: their own hash is of their source
-        kinds.append(id(value) if isinstance(value, JITFunction) else value)
-    for a in args:
-        if a is None:
-            kinds.append(None)
-        elif type(a) is int:  # 1 is a constant; multiples of 16 are; 32 or 64 bits
-            kinds.append((a == 1, a % 16 == 0, -(2**31) <= a < 2**31))
-        elif type(a) is float:
-            kinds.append(float)
-        else:
-            kinds.append((a.dtype, a.data_ptr() % 16 == 0))
-    return tuple(kinds)
+    _compiled.pop(device, None)
 
 
 def power_of_two_blocks(extent: int, limit: int, floor: int) -> int:

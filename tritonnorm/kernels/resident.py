@@ -4,7 +4,9 @@ Forward moves 2S, backward 3S. The variance is exact: the mean first, then the s
 from it, both over data at hand. No program waits for another.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -18,9 +20,10 @@ from . import _tile as tile
 from .base import (
     BackwardArguments,
     Config,
+    EpilogueArguments,
     ForwardArguments,
+    Launch,
     advance_counter,
-    launch,
     next_power_of_2,
     power_of_two_blocks,
     predicted_seconds,
@@ -47,14 +50,14 @@ def forward_kernel(
     running_mean_ptr,  # [C] or None
     running_var_ptr,  # [C] or None
     counter_ptr,  # [] int64 or None
+    eps: tl.float64,
+    momentum: tl.float64,
     N,
     C,
     P,
     xs_n,
     xs_c,
     xs_p,
-    eps: tl.float64,
-    momentum: tl.float64,
     CUMULATIVE: tl.constexpr,
     ACT: tl.constexpr,
     GATE: tl.constexpr,
@@ -279,34 +282,46 @@ class Resident:
         block_n = power_of_two_blocks(view.n, limit // block_p, max(1, least // block_p))
         return Config(1, block_n, block_p)
 
-    def forward(self, problem: Problem, config: Config, a: ForwardArguments) -> None:
-        view = problem.view
-        cumulative = advance_counter(a)
-        launch(
-            forward_kernel,
-            (config.channel_blocks(problem),),
-            a.x,
-            *(a.x, a.y, a.residual, a.mask, a.mean, a.rstd, a.weight, a.bias),
-            *(a.running_mean, a.running_var, a.counter),
-            *(view.n, view.c, view.p, *x_strides(problem)),
-            *(a.eps, 0.0 if a.momentum is None else a.momentum),
-            CUMULATIVE=cumulative,
-            **a.epilogue.forward(),
-            CHUNKS=config.chunks(problem),
-            **config.geometry(problem),
-            num_warps=config.num_warps,
-        )
+    def forward(
+        self, problem: Problem, config: Config, epilogue: EpilogueArguments
+    ) -> Callable[[ForwardArguments], None]:
+        launches = [
+            self._launch(
+                forward_kernel, problem, config, CUMULATIVE=cumulative, **epilogue.forward()
+            )
+            for cumulative in (False, True)
+        ]
 
-    def backward(self, problem: Problem, config: Config, a: BackwardArguments) -> None:
+        def run(a: ForwardArguments) -> None:
+            launches[advance_counter(a)](
+                *(a.x, a.y, a.residual, a.mask, a.mean, a.rstd, a.weight, a.bias),
+                *(a.running_mean, a.running_var, a.counter),
+                *(a.eps, 0.0 if a.momentum is None else a.momentum),
+            )
+
+        return run
+
+    def backward(
+        self, problem: Problem, config: Config, epilogue: EpilogueArguments
+    ) -> Callable[[BackwardArguments], None]:
+        launch = self._launch(backward_kernel, problem, config, **epilogue.backward())
+
+        def run(a: BackwardArguments) -> None:
+            launch(
+                *(a.dy, a.x, a.residual, a.mask, a.dx, a.dresidual, a.mean, a.rstd),
+                *(a.weight, a.bias, a.dweight, a.dbias),
+            )
+
+        return run
+
+    def _launch(self, kernel: Any, problem: Problem, config: Config, **meta: Any) -> Launch:
         view = problem.view
-        launch(
-            backward_kernel,
+        return Launch(
+            kernel,
             (config.channel_blocks(problem),),
-            a.x,
-            *(a.dy, a.x, a.residual, a.mask, a.dx, a.dresidual, a.mean, a.rstd, a.weight, a.bias),
-            *(a.dweight, a.dbias, view.n, view.c, view.p, *x_strides(problem)),
-            **a.epilogue.backward(),
+            (view.n, view.c, view.p, *x_strides(problem)),
+            config.num_warps,
+            **meta,
             CHUNKS=config.chunks(problem),
             **config.geometry(problem),
-            num_warps=config.num_warps,
         )

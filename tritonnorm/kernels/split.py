@@ -6,6 +6,8 @@ The second pass walks in reverse, so what still lies in the L2 cache is not read
 Everything is combined in a fixed order, without atomics: the same plan gives the same bits.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -18,18 +20,19 @@ from . import _tile as tile
 from .base import (
     BackwardArguments,
     Config,
+    EpilogueArguments,
     ForwardArguments,
+    Launch,
     advance_counter,
     cdiv,
-    launch,
     predicted_seconds,
-    x_strides,
 )
 from .streaming import (
     COMBINE,
-    launch_apply,
-    launch_combine_sums,
-    launch_gradient,
+    apply_launch,
+    combine_sums_launch,
+    gradient_launch,
+    over_chunks,
     partial_sums,
     splits_for,
     streaming_candidates,
@@ -90,10 +93,10 @@ def combine_moments_kernel(
     running_mean_ptr,  # [C] or None
     running_var_ptr,  # [C] or None
     counter_ptr,  # [] int64 or None
-    C,
-    SPLITS,
     eps: tl.float64,
     momentum: tl.float64,
+    C,
+    SPLITS,
     CUMULATIVE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -163,43 +166,55 @@ class Split:
         dram = once + max(0, again - device.l2_bytes)
         return predicted_seconds(device, dram, programs, launches=3)
 
-    def forward(self, problem: Problem, config: Config, a: ForwardArguments) -> None:
-        assert a.mean is not None and a.rstd is not None
-        view = problem.view
-        splits, per_split, chunks = splits_for(config, problem)
-        partial = a.mean.new_empty((3, splits, view.c))
-        launch(
-            moments_kernel,
-            (config.channel_blocks(problem), splits),
-            a.x,
-            *(a.x, partial, view.n, view.c, view.p, *x_strides(problem), per_split, chunks),
+    def forward(
+        self, problem: Problem, config: Config, epilogue: EpilogueArguments
+    ) -> Callable[[ForwardArguments], None]:
+        c, splits = problem.view.c, splits_for(config, problem)[0]
+        moments_of_splits = Launch(
+            *(moments_kernel, *over_chunks(problem, config), config.num_warps),
             **config.geometry(problem),
-            num_warps=config.num_warps,
         )
-        launch_combine_moments(problem, a, partial)
-        launch_apply(problem, config, a, a.mean, a.rstd, from_variance=False)
+        combine = [
+            Launch(
+                *(combine_moments_kernel, (cdiv(c, COMBINE["BLOCK_C"]),), (c, splits), 4),
+                CUMULATIVE=cumulative,
+                **COMBINE,
+            )
+            for cumulative in (False, True)
+        ]
+        apply = apply_launch(problem, config, epilogue, given=False)
 
-    def backward(self, problem: Problem, config: Config, a: BackwardArguments) -> None:
-        sums: torch.Tensor | None = None
-        if problem.sums:
-            partial = partial_sums(problem, config, a.rstd)
-            launch_gradient(problem, config, a, partial, None, write=False)
-            sums = a.rstd.new_empty((2, problem.view.c)) if problem.needs_dx else None
-            launch_combine_sums(problem, a, partial, sums)
-        if problem.needs_dx or problem.needs_dresidual:
-            launch_gradient(problem, config, a, None, sums, write=True)
+        def run(a: ForwardArguments) -> None:
+            assert a.mean is not None and a.rstd is not None
+            partial = a.mean.new_empty((3, splits, c))
+            moments_of_splits(a.x, partial)
+            combine[advance_counter(a)](
+                *(partial, a.mean, a.rstd, a.running_mean, a.running_var, a.counter),
+                *(a.eps, 0.0 if a.momentum is None else a.momentum),
+            )
+            apply(a, a.mean, a.rstd)
 
+        return run
 
-def launch_combine_moments(problem: Problem, a: ForwardArguments, partial: torch.Tensor) -> None:
-    """Launch `combine_moments_kernel` over partial moments ``[3, SPLITS, C]``."""
-    cumulative = advance_counter(a)
-    launch(
-        combine_moments_kernel,
-        (cdiv(problem.view.c, COMBINE["BLOCK_C"]),),
-        a.x,
-        *(partial, a.mean, a.rstd, a.running_mean, a.running_var, a.counter),
-        *(problem.view.c, partial.shape[1], a.eps, 0.0 if a.momentum is None else a.momentum),
-        CUMULATIVE=cumulative,
-        **COMBINE,
-        num_warps=4,
-    )
+    def backward(
+        self, problem: Problem, config: Config, epilogue: EpilogueArguments
+    ) -> Callable[[BackwardArguments], None]:
+        writes = problem.needs_dx or problem.needs_dresidual
+        sums = problem.sums
+        first = gradient_launch(problem, config, epilogue, sums=True, corrects=False, writes=False)
+        combine = combine_sums_launch(problem, config)
+        second = gradient_launch(
+            problem, config, epilogue, sums=False, corrects=sums and problem.needs_dx, writes=True
+        )
+
+        def run(a: BackwardArguments) -> None:
+            whole: torch.Tensor | None = None
+            if sums:
+                partial = partial_sums(problem, config, a.rstd)
+                first(a, partial, None)
+                whole = a.rstd.new_empty((2, problem.view.c)) if problem.needs_dx else None
+                combine(a, partial, whole)
+            if writes:
+                second(a, None, whole)
+
+        return run

@@ -4,6 +4,7 @@
 formulas.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -18,9 +19,10 @@ from . import _tile as tile
 from .base import (
     BackwardArguments,
     Config,
+    EpilogueArguments,
     ForwardArguments,
+    Launch,
     cdiv,
-    launch,
     tile_shape,
     x_strides,
 )
@@ -51,13 +53,13 @@ def apply_kernel(
     bias_ptr,  # [C] or None
     save_mean_ptr,  # [C] out, or None: the statistics as the backward wants them
     save_rstd_ptr,  # [C] out, or None
+    eps: tl.float64,
     N,
     C,
     P,
     xs_n,
     xs_c,
     xs_p,
-    eps: tl.float64,
     PER_SPLIT,  # chunks of a split
     CHUNKS,  # chunks of a channel
     ACT: tl.constexpr,
@@ -261,73 +263,85 @@ def streaming_config(problem: Problem, device: Device) -> Config:
     return Config(block_c, block_n, block_p, splits)
 
 
-def launch_apply(
-    problem: Problem,
-    config: Config,
-    a: ForwardArguments,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
-    from_variance: bool,
-) -> None:
-    """Launch `apply_kernel` over the whole tensor."""
-    splits, per_split, chunks = splits_for(config, problem)
-    view = problem.view
-    saved = (a.mean, a.rstd) if from_variance else (None, None)
-    launch(
+def apply_launch(
+    problem: Problem, config: Config, epilogue: EpilogueArguments, *, given: bool
+) -> Callable[[ForwardArguments, torch.Tensor, torch.Tensor], None]:
+    """`apply_kernel` over the whole tensor.
+
+    What comes back takes the mean and the inverse standard deviation, or if they are ``given`` the
+    variance.
+    """
+    launch = Launch(
         apply_kernel,
-        (config.channel_blocks(problem), splits),
-        a.x,
-        *(a.x, a.y, a.residual, a.mask, mean, rstd, a.weight, a.bias, *saved),
-        *(view.n, view.c, view.p, *x_strides(problem), a.eps, per_split, chunks),
-        **a.epilogue.forward(),
-        FROM_VARIANCE=from_variance,
+        *over_chunks(problem, config),
+        config.num_warps,
+        **epilogue.forward(),
+        FROM_VARIANCE=given,
         ACC=tl.float64 if problem.accumulator == torch.float64 else tl.float32,
         **config.geometry(problem),
-        num_warps=config.num_warps,
     )
 
+    def run(a: ForwardArguments, mean: torch.Tensor, rstd: torch.Tensor) -> None:
+        saved = (a.mean, a.rstd) if given else (None, None)
+        launch(a.x, a.y, a.residual, a.mask, mean, rstd, a.weight, a.bias, *saved, a.eps)
 
-def launch_gradient(
+    return run
+
+
+def gradient_launch(
     problem: Problem,
     config: Config,
-    a: BackwardArguments,
-    partial: torch.Tensor | None,
-    sums: torch.Tensor | None,
+    epilogue: EpilogueArguments,
     *,
-    write: bool,
-) -> None:
-    """Launch `gradient_kernel` over the whole tensor; without `write` it only sums."""
+    sums: bool,
+    corrects: bool,
+    writes: bool,
+) -> Callable[[BackwardArguments, torch.Tensor | None, torch.Tensor | None], None]:
+    """`gradient_kernel` over the whole tensor.
+
+    What comes back takes partial sums to write, if it ``sums``, and the whole sums that dx is
+    corrected with, if it ``corrects``. It ``writes`` the gradients or only sums.
+    """
+    recomputes = problem.activity != "none" and not problem.mask
+    launch = Launch(
+        gradient_kernel,
+        *over_chunks(problem, config),
+        config.num_warps,
+        **epilogue.backward(),
+        READS_X=sums or (corrects and writes and problem.needs_dx) or recomputes,
+        **config.geometry(problem),
+    )
+
+    def run(a: BackwardArguments, partial: torch.Tensor | None, whole: torch.Tensor | None) -> None:
+        outputs = (a.dx, a.dresidual) if writes else (None, None)
+        launch(
+            *(a.dy, a.x, a.residual, a.mask, *outputs, a.mean, a.rstd, a.weight, a.bias),
+            *(partial, whole),
+        )
+
+    return run
+
+
+def combine_sums_launch(
+    problem: Problem, config: Config
+) -> Callable[[BackwardArguments, torch.Tensor, torch.Tensor | None], None]:
+    """`combine_sums_kernel` over partial sums ``[2, SPLITS, C]``."""
+    c = problem.view.c
+    splits = splits_for(config, problem)[0]
+    launch = Launch(combine_sums_kernel, (cdiv(c, COMBINE["BLOCK_C"]),), (c, splits), 4, **COMBINE)
+
+    def run(a: BackwardArguments, partial: torch.Tensor, whole: torch.Tensor | None) -> None:
+        launch(partial, a.rstd, whole, a.dweight, a.dbias)
+
+    return run
+
+
+def over_chunks(problem: Problem, config: Config) -> tuple[tuple[int, int], tuple[int | None, ...]]:
+    """Grid and sizes of a kernel whose programs are channel blocks by splits."""
     splits, per_split, chunks = splits_for(config, problem)
     view = problem.view
-    outputs = (a.dx, a.dresidual) if write else (None, None)
-    recomputes = problem.activity != "none" and not problem.mask
-    launch(
-        gradient_kernel,
-        (config.channel_blocks(problem), splits),
-        a.x,
-        *(a.dy, a.x, a.residual, a.mask, *outputs, a.mean, a.rstd, a.weight, a.bias, partial, sums),
-        *(view.n, view.c, view.p, *x_strides(problem), per_split, chunks),
-        **a.epilogue.backward(),
-        READS_X=partial is not None
-        or (sums is not None and write and a.dx is not None)
-        or recomputes,
-        **config.geometry(problem),
-        num_warps=config.num_warps,
-    )
-
-
-def launch_combine_sums(
-    problem: Problem, a: BackwardArguments, partial: torch.Tensor, sums: torch.Tensor | None
-) -> None:
-    """Launch `combine_sums_kernel` over partial sums ``[2, SPLITS, C]``."""
-    launch(
-        combine_sums_kernel,
-        (cdiv(problem.view.c, COMBINE["BLOCK_C"]),),
-        a.x,
-        *(partial, a.rstd, sums, a.dweight, a.dbias, problem.view.c, partial.shape[1]),
-        **COMBINE,
-        num_warps=4,
-    )
+    sizes = (view.n, view.c, view.p, *x_strides(problem), per_split, chunks)
+    return (config.channel_blocks(problem), splits), sizes
 
 
 def partial_sums(problem: Problem, config: Config, like: torch.Tensor) -> torch.Tensor:
