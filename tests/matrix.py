@@ -228,14 +228,14 @@ def ran() -> Iterator[list[str]]:
     from tritonnorm import ops
 
     names: list[str] = []
-    recipe = ops._recipe
+    recipe = ops.recipe
 
     def recorded(*args: Any) -> Any:
         found = recipe(*args)
         names.append(found.plan.algorithm)
         return found
 
-    with mock.patch.object(ops, "_recipe", recorded):
+    with mock.patch.object(ops, "recipe", recorded):
         yield names
 
 

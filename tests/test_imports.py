@@ -31,7 +31,7 @@ class Room:
 # itself. A module without a row fails: give it a place in docs/architecture.md and a row here.
 KERNELS = ("kernels", "kernels.base")
 PURE_LEAVES = tuple(leaf for leaf in LEAVES if leaf not in ("report", "settings"))
-BELOW_OPS = (*LEAVES, *KERNELS, "plan")
+BELOW_OPS = (*LEAVES, *KERNELS, "plan", "recipe")
 BELOW_NN = (*BELOW_OPS, "ops", "autograd", "functional")
 ABOVE = (*BELOW_NN, "nn")
 ROOMS = (
@@ -56,8 +56,9 @@ ROOMS = (
         theirs=("torch", "triton"),
     ),
     Room("plan", ours=(*LEAVES, *KERNELS, "tune.store")),
+    Room("recipe", ours=(*LEAVES, *KERNELS, "plan")),
     Room("ops", ours=BELOW_OPS),
-    Room("autograd", ours=(*LEAVES, "ops")),
+    Room("autograd", ours=(*LEAVES, "ops", "recipe")),
     Room("functional", ours=(*LEAVES, "autograd")),
     Room("nn", ours=(*LEAVES, "functional")),
     Room("replace", ours=ABOVE),

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import ops, reference
 from .activation import ACTIVATIONS
-from .ops import activity, unpack_mask
+from .ops import unpack_mask
+from .recipe import activity
 
 
 class BatchNormFunction(torch.autograd.Function):
@@ -38,14 +39,13 @@ class BatchNormFunction(torch.autograd.Function):
         activation_args: tuple[float, ...],
     ) -> Tensor:
         save_mask = residual is not None and activity(activation) == "two_valued"
-        ops = torch.ops.tritonnorm
         if batch_statistics:
-            y, mean, rstd, mask = ops.batch_norm_training.default(
+            y, mean, rstd, mask = ops.training(
                 x, residual, weight, bias, running_mean, running_var, counter,
                 momentum, eps, activation, activation_args, save_mask,
             )  # fmt: skip
         else:
-            y, mean, rstd, mask = ops.batch_norm_inference.default(
+            y, mean, rstd, mask = ops.inference(
                 x, residual, weight, bias, running_mean, running_var,
                 eps, activation, activation_args, True, save_mask,
             )  # fmt: skip
@@ -67,12 +67,15 @@ class BatchNormFunction(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             found = _differentiable_backward(ctx, grads[0], needs)
         else:
-            found = torch.ops.tritonnorm.batch_norm_backward.default(
+            found = ops.backward(
                 grads[0], x, residual, mask, weight, bias, mean, rstd,
                 batch_statistics, activation, activation_args, needs,
             )  # fmt: skip
         gradients = [g if needed else None for g, needed in zip(found, needs, strict=True)]
         return (*gradients, *(None,) * 8)
+
+
+_apply = super(torch.autograd.Function, BatchNormFunction).apply
 
 
 def _differentiable_backward(
@@ -129,17 +132,18 @@ def batch_norm(
         t is not None and t.requires_grad for t in (x, residual, weight, bias)
     )
     if differentiable:
-        return BatchNormFunction.apply(
+        # Without torch.func, which `functional` keeps away, the method in C is all of `apply`.
+        apply = BatchNormFunction.apply if torch.compiler.is_compiling() else _apply
+        return apply(
             x, residual, weight, bias, running_mean, running_var, counter,
             batch_statistics, momentum, eps, activation, activation_args,
         )  # fmt: skip
-    ops = torch.ops.tritonnorm
     if batch_statistics:
-        return ops.batch_norm_training.default(
+        return ops.training(
             x, residual, weight, bias, running_mean, running_var, counter,
             momentum, eps, activation, activation_args, False,
         )[0]  # fmt: skip
-    return ops.batch_norm_inference.default(
+    return ops.inference(
         x, residual, weight, bias, running_mean, running_var,
         eps, activation, activation_args, False, False,
     )[0]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,20 @@ from .device import is_simulated
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _logged: set[str] = set()
+
+
+class _Accepted(dict[Any, tuple[str, tuple[float, ...]]]):
+    """Kinds of calls that passed all checks -> activation and its parameters."""
+
+    MOST = 8192  # beyond it starts anew: shapes that change all the time must not fill memory
+
+    def put(self, key: Any, value: tuple[str, tuple[float, ...]]) -> None:
+        if len(self) >= self.MOST:
+            self.clear()
+        self[key] = value
+
+
+_accepted = _Accepted()
 
 
 def batch_norm(
@@ -63,29 +78,53 @@ def batch_norm(
         RuntimeError: a C-vector of the wrong length, or no running statistics when not training;
             the type is PyTorch's own.
     """
-    act, act_args = activations.resolve(activation, activation_args)
     tensors = (input, running_mean, running_var, weight, bias, residual, num_batches_tracked)
-    reason = _overridden(tensors)
-    if reason is None:
-        _check(
-            input, running_mean, running_var, weight, bias, training, momentum, eps, residual,
-            num_batches_tracked,
-        )  # fmt: skip
-        reason = _unsupported(input, running_mean, running_var, weight, bias)
-    if reason is not None:
-        _log_once(reason)
-        return _by_torch(
-            input, running_mean, running_var, weight, bias, training, momentum, eps, act, act_args,
-            residual, num_batches_tracked,
-        )  # fmt: skip
+    key = None if torch.compiler.is_compiling() else _key(tensors, activation, activation_args)
+    if key is not None:
+        key = (key, training, momentum is None, eps)
+    accepted = None if key is None else _accepted.get(key)
+    if accepted is None or _overridden(tensors) or _surroundings(input):
+        act, act_args = activations.resolve(activation, activation_args)
+        reason = _overridden(tensors)
+        if reason is None:
+            _check(
+                input, running_mean, running_var, weight, bias, training, momentum, eps, residual,
+                num_batches_tracked,
+            )  # fmt: skip
+            reason = _surroundings(input) or _unsupported(*tensors[:5])
+        if reason is not None:
+            _log_once(reason)
+            return _by_torch(
+                input, running_mean, running_var, weight, bias, training, momentum, eps, act,
+                act_args, residual, num_batches_tracked,
+            )  # fmt: skip
+        accepted = act.name if act else "", act_args
+        if key is not None:
+            _accepted.put(key, accepted)
     from . import autograd
 
-    if not training:
-        num_batches_tracked = None
     return autograd.batch_norm(
-        input, residual, weight, bias, running_mean, running_var, num_batches_tracked,
-        training, momentum, eps, act.name if act else "", act_args,
+        input, residual, weight, bias, running_mean, running_var,
+        num_batches_tracked if training else None, training, momentum, eps, *accepted,
     )  # fmt: skip
+
+
+def _key(
+    tensors: tuple[Tensor | None, ...], activation: str | None, activation_args: Sequence[float]
+) -> tuple[Any, ...] | None:
+    """What the checks look at, so that calls that are alike are checked once; None for a call with
+    arguments that only a check may touch."""
+    if activation is not None and activation.__class__ is not str:
+        return None
+    if activation_args.__class__ is not tuple or any(
+        a.__class__ is not float for a in activation_args
+    ):
+        return None
+    kinds = [
+        None if t is None else (t.shape, t.dtype, t.device, t.layout, t.is_contiguous())
+        for t in tensors
+    ]
+    return (*kinds, activation, activation_args)
 
 
 def _check(
@@ -167,6 +206,19 @@ def _overridden(tensors: tuple[Tensor | None, ...]) -> str | None:
     return None
 
 
+def _surroundings(input: Tensor) -> str | None:
+    """A reason around the call, which may change from one to the next, or None."""
+    if settings.disabled():
+        return "TRITONNORM_DISABLE is set"
+    if not input.is_cuda and not settings.interpreting() and not is_simulated():
+        return f"input is on {input.device.type}, and Triton's interpreter is off"
+    if torch.compiler.is_exporting():
+        return "the graph is being exported"
+    if torch._C._are_functorch_transforms_active():  # the one such query that dynamo understands
+        return "a torch.func transform is active"
+    return None
+
+
 def _unsupported(
     input: Tensor,
     running_mean: Tensor | None,
@@ -174,11 +226,7 @@ def _unsupported(
     weight: Tensor | None,
     bias: Tensor | None,
 ) -> str | None:
-    """Why the kernels cannot compute this, or None."""
-    if settings.disabled():
-        return "TRITONNORM_DISABLE is set"
-    if not input.is_cuda and not settings.interpreting() and not is_simulated():
-        return f"input is on {input.device.type}, and Triton's interpreter is off"
+    """Why the kernels cannot compute this kind of tensors, or None."""
     if input.device.type not in ("cuda", "cpu"):
         return f"input is on {input.device.type}"
     if not _has_triton():
@@ -187,10 +235,6 @@ def _unsupported(
         return f"input is {input.dtype}"
     if input.numel() == 0:
         return "input is empty"
-    if torch.compiler.is_exporting():
-        return "the graph is being exported"
-    if torch._C._are_functorch_transforms_active():  # the one such query that dynamo understands
-        return "a torch.func transform is active"
     if input.layout != torch.strided:
         return f"input is {input.layout}"
     wide = torch.float64 if input.dtype == torch.float64 else torch.float32

@@ -23,14 +23,14 @@ def test_problems_are_those_of_the_operators(
 ) -> None:
     call = Call(shape, channels_last, torch.float32, activation, residual, training, needs)
     asked = []
-    recipe = ops._recipe
+    recipe = ops.recipe
 
     def recorded(*args):
         found = recipe(*args)
         asked.append(found.problem)
         return found
 
-    monkeypatch.setattr(ops, "_recipe", recorded)
+    monkeypatch.setattr(ops, "recipe", recorded)
     tensors = call.tensors(generator=torch.Generator().manual_seed(0))
     tensors.backward(tensors.forward())
     assert asked == [call.problem("forward"), call.problem("backward")]

@@ -1,0 +1,92 @@
+"""A recipe: everything about a call that does not depend on the contents of its tensors.
+
+It is worked out once per kind of call, and found by one look-up in all later ones. The way from a
+tensor to its kernels: shapes and strides -> `View` -> `Problem` -> `plan.choose` -> launches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from .activation import ACTIVATIONS
+from .device import Device
+from .kernels.base import EpilogueArguments
+from .plan import Forced, Plan, choose
+from .problem import Activity, Problem, View
+
+
+def activity(activation: str) -> Activity:
+    """The kind of an activation by name; "" is none."""
+    if not activation:
+        return "none"
+    return "two_valued" if ACTIVATIONS[activation].two_valued else "smooth"
+
+
+def view_of(sizes: Any, strides: Any) -> tuple[View, tuple[int, ...], bool]:
+    """The view of a tensor, the strides of its dense twin, and whether the tensor has no view of
+    its own, so that it has to be copied to that twin."""
+    tensor = torch.empty_strided(sizes, strides, device="meta")
+    dense = torch.empty_like(tensor).stride()
+    view = View.of(sizes, strides, dense)
+    copies = view is None
+    if view is None:
+        view = View.of(sizes, dense, dense)
+        assert view is not None  # dense
+    return view, dense, copies
+
+
+class Recipe(NamedTuple):
+    """Everything about a call that does not depend on the contents of its tensors.
+
+    Attributes:
+        run: launches the kernels of the plan.
+        plan: the algorithm and its configuration.
+        problem: what they compute.
+        dense: strides of a dense twin of the input.
+        copies: whether the input has no view, and a dense copy of it is computed on.
+    """
+
+    run: Callable[[Any], None]
+    plan: Plan
+    problem: Problem
+    dense: tuple[int, ...]
+    copies: bool
+
+
+@lru_cache(maxsize=16384)
+def recipe(
+    direction: Literal["forward", "backward"],
+    sizes: tuple[int, ...],
+    strides: tuple[int, ...],
+    dtype: torch.dtype,
+    device: Device,
+    forced: Forced | None,
+    batch_statistics: bool,
+    activation: str,
+    activation_args: tuple[float, ...],
+    residual: bool,
+    mask: bool,
+    needs: tuple[bool, ...] = (),
+) -> Recipe:
+    """Made once for all calls that are alike."""
+    view, dense, copies = view_of(sizes, strides)
+    kind = activity(activation)
+    problem = Problem(direction, batch_statistics, view, dtype, kind, residual, mask)
+    epilogue = EpilogueArguments.named(activation, activation_args)
+    run: Callable[[Any], None]
+    if direction == "forward":
+        chosen = choose(problem, device, (), forced)
+        run = chosen.runs.forward(problem, chosen.config, epilogue)
+    else:
+        dx, dresidual, dweight, dbias = needs
+        problem = replace(
+            problem, needs_dx=dx, needs_dresidual=dresidual, needs_dparams=dweight or dbias
+        )
+        chosen = choose(problem, device, (), forced)
+        run = chosen.runs.backward(problem, chosen.config, epilogue)
+    return Recipe(run, chosen, problem, dense, copies)
