@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -139,6 +139,17 @@ class Tensors:
     running_mean: Tensor
     running_var: Tensor
     counter: Tensor
+
+    def with_own_statistics(self) -> Tensors:
+        """The same tensors, but running statistics and counter that nobody else changes."""
+        own = (self.running_mean.clone(), self.running_var.clone(), self.counter.clone())
+        return replace(self, running_mean=own[0], running_var=own[1], counter=own[2])
+
+    @property
+    def all(self) -> tuple[Any, ...]:
+        """x, residual, weight, bias, running mean and variance, counter."""
+        running = (self.running_mean, self.running_var, self.counter)
+        return (self.x, self.residual, self.weight, self.bias, *running)
 
     @property
     def inputs(self) -> list[Tensor]:

@@ -1,0 +1,89 @@
+"""PyTorch as it is: one operator for each of batch norm, addition and activation."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.call import Call, Tensors
+from bench.providers.base import Forward, Provider
+from bench.suites import Case
+from tritonnorm.activation import ACTIVATIONS
+
+__all__ = ["Cudnn", "Eager", "backend", "epilogue", "operators"]
+
+
+def operators(
+    call: Call,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    counter: Tensor,
+) -> Tensor:
+    """What an `nn.BatchNorm` module, the addition and the activation are in PyTorch's operators."""
+    y = F.batch_norm(x, running_mean, running_var, weight, bias, call.training)
+    return epilogue(call, y, residual, counter)
+
+
+def epilogue(call: Call, y: Tensor, residual: Tensor | None, counter: Tensor) -> Tensor:
+    """All of it but the batch norm itself."""
+    if call.training:
+        counter.add_(1)
+    if residual is not None:
+        y = y + residual
+    return ACTIVATIONS[call.activation].function(y) if call.activation else y
+
+
+def backend(t: Tensors) -> str:
+    """Which batch norm PyTorch's dispatcher picks: native, cudnn or miopen."""
+    picked = torch._C._select_batch_norm_backend(
+        *(t.x, t.weight, t.bias, t.running_mean, t.running_var, t.call.training, 1e-5)
+    )
+    return str(picked).rpartition(".")[2].lower()
+
+
+class Eager(Provider):
+    """`torch.nn.functional.batch_norm`, ``+``, and the activation."""
+
+    name = "eager"
+    what = "PyTorch, eager; the plan is the backend that it picked"
+
+    def setup(self, case: Case) -> Forward:
+        def forward(t: Tensors) -> Tensor:
+            return operators(case.call, *t.all)
+
+        return forward
+
+    def plan(self, case: Case, tensors: Tensors) -> str:
+        return backend(tensors)
+
+
+class Cudnn(Provider):
+    """cuDNN's batch norm where PyTorch's own choice would be another."""
+
+    name = "cudnn"
+    what = "cuDNN's batch norm, called directly, then PyTorch's operators"
+
+    def absent(self) -> str | None:
+        return None if torch.backends.cudnn.is_available() else "cuDNN is not available"
+
+    def declines(self, case: Case) -> str | None:
+        if case.call.dtype not in (torch.float16, torch.float32):
+            return f"PyTorch's cuDNN binding has no {case.call.type}"
+        return None
+
+    def setup(self, case: Case) -> Forward:
+        momentum, eps = 0.1, 1e-5
+
+        def forward(t: Tensors) -> Tensor:
+            y, *_ = torch.cudnn_batch_norm(
+                *(t.x, t.weight, t.bias, t.running_mean, t.running_var, t.call.training),
+                *(momentum, eps),
+            )
+            return epilogue(case.call, y, t.residual, t.counter)
+
+        return forward
