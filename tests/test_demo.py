@@ -17,6 +17,7 @@ from rich.console import Console
 
 import tritonnorm
 from bench.demo import digits, folding, training, view
+from bench.e2e.inference import Variant
 from bench.launches import Launches, observe
 from tritonnorm.timing import Timing
 
@@ -128,9 +129,8 @@ def test_folding(monkeypatch: pytest.MonkeyPatch) -> None:
         return folded, report
 
     monkeypatch.setattr(tritonnorm, "fold", wrong)
-    broken = folding.run(model="tiny", size=32, rounds=1, clock=Clock())
-    assert broken.error > 1e-5
-    assert not view.folding(Console(file=io.StringIO()), broken)
+    with pytest.raises(RuntimeError, match=r"folded: error .* in float64, expected at most"):
+        folding.run(model="tiny", size=32, rounds=1, clock=Clock())
 
 
 def test_the_verdicts() -> None:
@@ -154,17 +154,28 @@ def test_the_verdicts() -> None:
         {"dtype": "float32", "torchs": fine, "ours": replace(fine, all_gradients=1e-14)},
     ):
         assert not view.training(silent, [replace(result, **change)]), change
-    fold = folding.FoldResult(
-        *("tiny", (1, 3, 8, 8), 2, 0, "", 1e-15, 1e-7, Timing.of([2.0]), Timing.of([1.0])),
-        threads=1,
-        launches=Launches(),
-    )
+    original = Variant(2, 0.0, 1e-7, Timing.of([2.0]))
+    folded = Variant(0, 1e-15, 1e-7, Timing.of([1.0]))
+
+    def before_and_after(original: Variant, folded: Variant) -> folding.FoldResult:
+        return folding.FoldResult(
+            *("tiny", (1, 3, 8, 8), "cpu", "float32", "NCHW", ""),
+            variants={"eager": original, "folded": folded},
+            skipped={},
+            threads=1,
+            launches=Launches(),
+        )
+
+    fold = before_and_after(original, folded)
     assert view.folding(silent, fold) and fold.speedup == 2.0 and fold.apart
-    near = replace(fold, folded=Timing(1.9, 1.8, 2.1, 9), original=Timing(2.0, 1.9, 2.2, 9))
+    near = before_and_after(
+        replace(original, timing=Timing(2.0, 1.9, 2.2, 9)),
+        replace(folded, timing=Timing(1.9, 1.8, 2.1, 9)),
+    )
     assert not near.apart and view.folding(silent, near)
     assert "does not tell them apart" in " ".join(silent.file.getvalue().split())
-    assert not view.folding(silent, replace(fold, error=1e-3))
-    assert not view.folding(silent, replace(fold, after=2))
+    assert not view.folding(silent, before_and_after(original, replace(folded, error=1e-3)))
+    assert not view.folding(silent, before_and_after(original, replace(folded, batch_norms=2)))
 
 
 @pytest.mark.slow

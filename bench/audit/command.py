@@ -8,12 +8,12 @@ from bench.audit.compile import cases, compile_jobs, in_order
 from bench.audit.tables import (
     compile_summary,
     compile_table,
-    show,
     traffic_summary,
     traffic_table,
 )
 from bench.audit.traffic import count_all, layer_calls
 from bench.processes import Job, run_jobs
+from bench.report.terminal import show
 from bench.screen import Screen
 
 __all__ = ["main"]

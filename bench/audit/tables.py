@@ -2,48 +2,15 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Sequence
 
-from rich.console import Console, Group, RenderableType
-from rich.table import Table
-from rich.text import Text
+from rich.console import Group
 
 from bench.audit.compile import GPUS, CompileRow
 from bench.audit.traffic import TrafficRow
+from bench.report.terminal import new_table, titled
 
-__all__ = [
-    "compile_summary",
-    "compile_table",
-    "new_table",
-    "show",
-    "titled",
-    "traffic_summary",
-    "traffic_table",
-]
-
-
-def new_table(left: Sequence[str], right: Sequence[str]) -> Table:
-    """An empty table with columns aligned to the left, then to the right."""
-    table = Table(pad_edge=False, box=None)
-    for name in left:
-        table.add_column(name, header_style="underline", no_wrap=True)
-    for name in right:
-        table.add_column(name, header_style="underline", justify="right", no_wrap=True)
-    return table
-
-
-def show(console: Console, wide: RenderableType) -> None:
-    """Print something that may be wider than the terminal: its lines wrap, nothing is cut off."""
-    lines = Console(width=max(console.width, 140), file=io.StringIO(), force_terminal=True)
-    with lines.capture() as rendered:
-        lines.print(wide)
-    console.print(Text.from_ansi(rendered.get().rstrip("\n")), soft_wrap=True)
-
-
-def titled(title: str, table: Table) -> Group:
-    """A table under a title, which may be longer than the table is wide."""
-    return Group(Text(title, style="bold"), table)
+__all__ = ["compile_summary", "compile_table", "traffic_summary", "traffic_table"]
 
 
 def traffic_table(rows: Sequence[TrafficRow]) -> Group:

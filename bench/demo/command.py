@@ -14,6 +14,7 @@ from bench.audit.compile import cases, compile_jobs, in_order
 from bench.audit.traffic import count_all, layer_calls
 from bench.demo import bandwidth, digits, folding, training, view
 from bench.processes import Job, run_jobs
+from bench.record.file import Record
 from bench.screen import Screen
 
 __all__ = ["DEFAULT_OUT", "main"]
@@ -105,8 +106,7 @@ def _show_fold(console: Console, results: list[Any], out: Path) -> bool:
 
 def _kernel_jobs(quick: bool, device: str) -> list[Job]:
     if device == "cuda":
-        calls = bandwidth.layers()
-        return [Job("bandwidth", bandwidth.run, (device, calls[:2] if quick else calls))]
+        return [Job("bandwidth", bandwidth.run, (quick,))]
     todo = cases(quick=True)
     if quick:
         todo = [case for case in todo if case.target in ("sm_90", "gfx942")]
@@ -118,6 +118,6 @@ def _kernel_jobs(quick: bool, device: str) -> list[Job]:
 
 
 def _show_kernels(console: Console, results: list[Any], out: Path) -> bool:
-    if isinstance(results[0], bandwidth.BandwidthResult):
+    if isinstance(results[0], Record):
         return view.bandwidth(console, results[0])
     return view.audits(console, results[0], in_order(results[1:]))

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tritonnorm
-from bench.demo.model import batch_norms, build
 from bench.demo.tiles import interpreted, wide_tiles
 from bench.launches import Launches, observe
+from bench.models import batch_norms, build
 from bench.processes import Progress, silent
 
 __all__ = ["StepErrors", "TrainingResult", "run"]
@@ -89,7 +89,7 @@ def run(
 
     Args:
         progress: told after each step.
-        model: a name of `bench.demo.model.RESNETS`.
+        model: a name of `bench.models.RESNETS`.
         device: "cpu" or "cuda"; kernels need the interpreter on "cpu".
         dtype: "float64" or "float32".
         batch, size: of the input ``[batch, 3, size, size]``.

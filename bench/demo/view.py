@@ -13,18 +13,18 @@ from bench.audit.compile import CompileRow
 from bench.audit.tables import (
     compile_summary,
     compile_table,
-    new_table,
-    show,
-    titled,
     traffic_summary,
     traffic_table,
 )
 from bench.audit.traffic import TrafficRow
-from bench.demo.bandwidth import EAGER, OURS, BandwidthResult
 from bench.demo.digits import DigitsResult
 from bench.demo.folding import FoldResult
 from bench.demo.training import StepErrors, TrainingResult
 from bench.launches import Launches
+from bench.record.file import Record
+from bench.report.table import record_table
+from bench.report.terminal import new_table, show, titled
+from bench.session import wrong
 from tritonnorm.timing import Timing
 
 # Relative errors in float64 below this are rounding: 2.2e-16, times what a ResNet of 50 layers
@@ -177,28 +177,11 @@ def audits(console: Console, traffic: Sequence[TrafficRow], compiled: Sequence[C
     return all(row.exact for row in traffic) and not any(row.faults for row in compiled)
 
 
-def bandwidth(console: Console, r: BandwidthResult) -> bool:
+def bandwidth(console: Console, record: Record) -> bool:
     """Part 4 on a GPU."""
     section(console, "4  The kernels: bandwidth")
-    known = f", {r.theoretical / 1e9:,.0f} GB/s in theory" if r.theoretical else ""
-    console.print(f"{r.gpu}: a plain copy reaches {r.copy / 1e9:,.0f} GB/s{known}.")
-    title = "Fewest bytes over the time; results were checked against float64 first"
-    table = new_table(
-        ("operation", "mode", "input", "by"),
-        ("us", "GB/s", "% of copy", "times eager", "error"),
-    )
-    eager = {(row.call, row.mode): row.timing for row in r.rows if row.provider == EAGER}
-    for row in r.rows:
-        faster = eager[row.call, row.mode].median / row.timing.median
-        table.add_row(
-            *(row.call.op, row.mode, f"{row.call.size} {row.call.layout} {row.call.type}"),
-            row.provider,
-            *(f"{1e6 * row.timing.median:.1f}", f"{row.bandwidth / 1e9:,.0f}"),
-            f"{100 * row.bandwidth / r.copy:.0f}",
-            *(f"{faster:.2f}" if row.provider == OURS else "", f"{row.error:.1e}"),
-        )
-    show(console, titled(title, table))
-    return True
+    show(console, record_table(record))
+    return bool(record.ops) and not wrong(record)
 
 
 def closing(console: Console, seconds: float, fine: bool) -> None:

@@ -11,12 +11,12 @@ from bench.audit.compile import CompileCase, CompileRow
 from bench.audit.tables import (
     compile_summary,
     compile_table,
-    show,
     traffic_summary,
     traffic_table,
 )
 from bench.audit.traffic import TrafficRow
 from bench.call import Call
+from bench.report.terminal import show
 from tritonnorm.kernels.base import Config
 from tritonnorm.tune.static import KernelReport
 

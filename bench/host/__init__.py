@@ -1,0 +1,1 @@
+"""What this library costs on the CPU, measured for real: imports, calls, and folded models."""
