@@ -38,6 +38,7 @@ ROOMS = (
     Room("report", ours=(), theirs=("pandas",)),
     Room("reference", ours=("activation",)),
     *(Room(leaf, ours=()) for leaf in LEAVES),
+    Room("kernels._body", ours=("kernels._tile", "kernels._epilogue"), theirs=("triton",)),
     Room("kernels._*", ours=(), theirs=("triton",), without=("os",)),
     Room("kernels", ours=(*PURE_LEAVES, "kernels.*"), without=("os",)),
     Room(

@@ -14,6 +14,7 @@ import triton.language as tl
 from tritonnorm.device import Device
 from tritonnorm.problem import Problem, minimum_bytes
 
+from . import _body as body
 from . import _epilogue as epilogue
 from . import _moments as moments
 from . import _tile as tile
@@ -104,18 +105,11 @@ def forward_kernel(
         n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P)
         valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
         base = n0 * s_n + p0 * s_p
-        residual = None
-        if residual_ptr is not None:
-            residual = tl.load(residual_ptr + base + lane, mask=valid, other=0.0).to(ACC)
-        v = epilogue.pre_activation(xs[chunk].to(ACC), residual, mean, scale, shift)
-        y = epilogue.activate(v, ACT, A, B)
-        tl.store(y_ptr + base + lane, y.to(y_ptr.dtype.element_ty), mask=valid)
-        if mask_ptr is not None:
-            bytes_at, bytes_valid = tile.bit_offsets(
-                c0, n0, p0, N, C, P, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST
-            )
-            bits = tile.pack_bits(GATE(v, A, B), BLOCK_C, BLOCK_N * BLOCK_P, CHANNELS_LAST)
-            tl.store(mask_ptr + bytes_at, bits, mask=bytes_valid)
+        body.store_output(
+            xs[chunk].to(ACC), mean, scale, shift, y_ptr, residual_ptr, mask_ptr,
+            base, lane, valid, c0, n0, p0, N, C, P,
+            ACT, GATE, A, B, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -172,22 +166,11 @@ def backward_kernel(
         base = n0 * s_n + p0 * s_p
         raw = tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=valid, other=0.0)
         x = raw.to(ACC)
-        g = tl.load(dy_ptr + base + lane, mask=valid, other=0.0).to(ACC)
-        if mask_ptr is not None:
-            bytes_at, bytes_valid = tile.bit_offsets(
-                c0, n0, p0, N, C, P, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST
-            )
-            bits = tl.load(mask_ptr + bytes_at, mask=bytes_valid, other=0)
-            gate = tile.unpack_bits(bits, BLOCK_C, BLOCK_N * BLOCK_P, CHANNELS_LAST)
-            g = GATED(gate, g, A, B)
-        elif GRADIENT is not None or GATE is not None:
-            residual = None
-            if residual_ptr is not None:
-                residual = tl.load(residual_ptr + base + lane, mask=valid, other=0.0).to(ACC)
-            v = epilogue.pre_activation(x, residual, mean, scale, shift)
-            g = epilogue.activation_gradient(v, g, GRADIENT, GATE, GATED, A, B)
-        if dresidual_ptr is not None:
-            tl.store(dresidual_ptr + base + lane, g.to(dresidual_ptr.dtype.element_ty), mask=valid)
+        g = body.load_gradient(
+            x, mean, scale, shift, dy_ptr, residual_ptr, mask_ptr, dresidual_ptr,
+            base, lane, valid, c0, n0, p0, N, C, P,
+            GRADIENT, GATE, GATED, A, B, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST,
+        )  # fmt: skip
         g = tl.where(valid, g, 0.0)
         sum_g += tl.sum(g, 1)
         sum_gx += tl.sum(g * (x - mean[:, None]), 1)
@@ -206,9 +189,7 @@ def backward_kernel(
             valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
             base = n0 * s_n + p0 * s_p
             x = xs[chunk].to(ACC)
-            dx = (gs[chunk] - mean_g[:, None] - (x - mean[:, None]) * slope[:, None]) * scale[
-                :, None
-            ]
+            dx = body.input_gradient(gs[chunk], x, mean, mean_g, slope, scale)
             tl.store(dx_ptr + base + lane, dx.to(dx_ptr.dtype.element_ty), mask=valid)
 
 

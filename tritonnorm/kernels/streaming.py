@@ -14,6 +14,7 @@ import triton.language as tl
 from tritonnorm.device import Device
 from tritonnorm.problem import Problem
 
+from . import _body as body
 from . import _epilogue as epilogue
 from . import _tile as tile
 from .base import (
@@ -99,18 +100,11 @@ def apply_kernel(
         valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
         base = n0 * s_n + p0 * s_p
         x = tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=valid, other=0.0).to(ACC)
-        residual = None
-        if residual_ptr is not None:
-            residual = tl.load(residual_ptr + base + lane, mask=valid, other=0.0).to(ACC)
-        v = epilogue.pre_activation(x, residual, mean, scale, shift)
-        y = epilogue.activate(v, ACT, A, B)
-        tl.store(y_ptr + base + lane, y.to(y_ptr.dtype.element_ty), mask=valid)
-        if mask_ptr is not None:
-            bytes_at, bytes_valid = tile.bit_offsets(
-                c0, n0, p0, N, C, P, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST
-            )
-            bits = tile.pack_bits(GATE(v, A, B), BLOCK_C, BLOCK_N * BLOCK_P, CHANNELS_LAST)
-            tl.store(mask_ptr + bytes_at, bits, mask=bytes_valid)
+        body.store_output(
+            x, mean, scale, shift, y_ptr, residual_ptr, mask_ptr,
+            base, lane, valid, c0, n0, p0, N, C, P,
+            ACT, GATE, A, B, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["PER_SPLIT", "CHUNKS"])
@@ -173,27 +167,17 @@ def gradient_kernel(
         n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P)
         valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
         base = n0 * s_n + p0 * s_p
-        g = tl.load(dy_ptr + base + lane, mask=valid, other=0.0).to(ACC)
+        x = None
         if READS_X:
             x = tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=valid, other=0.0).to(ACC)
-        if mask_ptr is not None:
-            bytes_at, bytes_valid = tile.bit_offsets(
-                c0, n0, p0, N, C, P, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST
-            )
-            bits = tl.load(mask_ptr + bytes_at, mask=bytes_valid, other=0)
-            gate = tile.unpack_bits(bits, BLOCK_C, BLOCK_N * BLOCK_P, CHANNELS_LAST)
-            g = GATED(gate, g, A, B)
-        elif GRADIENT is not None or GATE is not None:
-            residual = None
-            if residual_ptr is not None:
-                residual = tl.load(residual_ptr + base + lane, mask=valid, other=0.0).to(ACC)
-            v = epilogue.pre_activation(x, residual, mean, scale, shift)
-            g = epilogue.activation_gradient(v, g, GRADIENT, GATE, GATED, A, B)
-        if dresidual_ptr is not None:
-            tl.store(dresidual_ptr + base + lane, g.to(dresidual_ptr.dtype.element_ty), mask=valid)
+        g = body.load_gradient(
+            x, mean, scale, shift, dy_ptr, residual_ptr, mask_ptr, dresidual_ptr,
+            base, lane, valid, c0, n0, p0, N, C, P,
+            GRADIENT, GATE, GATED, A, B, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST,
+        )  # fmt: skip
         if dx_ptr is not None:
             if sums_ptr is not None:
-                dx = (g - mean_g[:, None] - (x - mean[:, None]) * slope[:, None]) * scale[:, None]
+                dx = body.input_gradient(g, x, mean, mean_g, slope, scale)
             else:
                 dx = g * scale[:, None]
             tl.store(dx_ptr + base + lane, dx.to(dx_ptr.dtype.element_ty), mask=valid)

@@ -1,0 +1,115 @@
+"""What is done to one tile, whichever pass over the data it belongs to.
+
+A tile is [BLOCK_C, BLOCK_M] with BLOCK_M = BLOCK_N * BLOCK_P, see `_tile`. `base` is the origin of
+its chunk in a dense tensor, `lane` the offsets from there, `valid` which elements exist.
+"""
+
+import triton
+import triton.language as tl
+
+from . import _epilogue as epilogue
+from . import _tile as tile
+
+
+@triton.jit
+def store_output(
+    x,  # [BLOCK_C, BLOCK_M] accumulator dtype
+    mean,  # [BLOCK_C]
+    scale,  # [BLOCK_C] weight * rstd
+    shift,  # [BLOCK_C] bias
+    y_ptr,  # [N, C, P] output, dense
+    residual_ptr,  # [N, C, P] dense, or None
+    mask_ptr,  # bit mask of the gate, or None
+    base,
+    lane,
+    valid,
+    c0,
+    n0,
+    p0,
+    N,
+    C,
+    P,
+    ACT: tl.constexpr,
+    GATE: tl.constexpr,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+):
+    """Normalize, scale, shift, add, activate; write the output and the bits of the gate."""
+    residual = None
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + base + lane, mask=valid, other=0.0).to(x.dtype)
+    v = epilogue.pre_activation(x, residual, mean, scale, shift)
+    y = epilogue.activate(v, ACT, A, B)
+    tl.store(y_ptr + base + lane, y.to(y_ptr.dtype.element_ty), mask=valid)
+    if mask_ptr is not None:
+        bytes_at, bytes_valid = tile.bit_offsets(
+            c0, n0, p0, N, C, P, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST
+        )
+        bits = tile.pack_bits(GATE(v, A, B), BLOCK_C, BLOCK_N * BLOCK_P, CHANNELS_LAST)
+        tl.store(mask_ptr + bytes_at, bits, mask=bytes_valid)
+
+
+@triton.jit
+def load_gradient(
+    x,  # [BLOCK_C, BLOCK_M] accumulator dtype; None where no activation is recomputed
+    mean,  # [BLOCK_C] accumulator dtype
+    scale,  # [BLOCK_C] weight * rstd
+    shift,  # [BLOCK_C] bias
+    dy_ptr,  # [N, C, P] dense
+    residual_ptr,  # [N, C, P] dense, or None
+    mask_ptr,  # bit mask of the gate, or None
+    dresidual_ptr,  # [N, C, P] dense, out, or None
+    base,
+    lane,
+    valid,
+    c0,
+    n0,
+    p0,
+    N,
+    C,
+    P,
+    GRADIENT: tl.constexpr,
+    GATE: tl.constexpr,
+    GATED: tl.constexpr,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+):
+    """The gradient g at the pre-activation, [BLOCK_C, BLOCK_M]; it is that of the residual too."""
+    g = tl.load(dy_ptr + base + lane, mask=valid, other=0.0).to(mean.dtype)
+    if mask_ptr is not None:
+        bytes_at, bytes_valid = tile.bit_offsets(
+            c0, n0, p0, N, C, P, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST
+        )
+        bits = tl.load(mask_ptr + bytes_at, mask=bytes_valid, other=0)
+        gate = tile.unpack_bits(bits, BLOCK_C, BLOCK_N * BLOCK_P, CHANNELS_LAST)
+        g = GATED(gate, g, A, B)
+    elif GRADIENT is not None or GATE is not None:
+        residual = None
+        if residual_ptr is not None:
+            residual = tl.load(residual_ptr + base + lane, mask=valid, other=0.0).to(mean.dtype)
+        v = epilogue.pre_activation(x, residual, mean, scale, shift)
+        g = epilogue.activation_gradient(v, g, GRADIENT, GATE, GATED, A, B)
+    if dresidual_ptr is not None:
+        tl.store(dresidual_ptr + base + lane, g.to(dresidual_ptr.dtype.element_ty), mask=valid)
+    return g
+
+
+@triton.jit
+def input_gradient(
+    g,  # [BLOCK_C, BLOCK_M] gradient at the pre-activation
+    x,  # [BLOCK_C, BLOCK_M]
+    mean,  # [BLOCK_C]
+    mean_g,  # [BLOCK_C] mean of g over the channel
+    slope,  # [BLOCK_C] mean of g * (x - mean), times rstd^2
+    scale,  # [BLOCK_C] weight * rstd
+):
+    """The gradient of the input through the statistics of the batch."""
+    return (g - mean_g[:, None] - (x - mean[:, None]) * slope[:, None]) * scale[:, None]
