@@ -8,11 +8,9 @@ from dataclasses import fields
 from functools import cache
 from typing import Any
 
-import jsonschema
-
 from bench.record.rows import FLAGS, TABLES
 
-__all__ = ["SCHEMA", "schema", "validator"]
+__all__ = ["SCHEMA", "fault", "schema"]
 
 SCHEMA = "tritonnorm.bench/1"
 
@@ -39,9 +37,25 @@ def schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **_closed(top)}
 
 
+def fault(content: Any) -> str | None:
+    """Where and why something is not a results file, or None.
+
+    Raises:
+        ImportError: jsonschema is not installed.
+    """
+    import jsonschema
+
+    error = jsonschema.exceptions.best_match(_validator().iter_errors(content))
+    if error is None:
+        return None
+    place = "/".join(map(str, error.absolute_path)) or "the file"
+    return f"{place}: {error.message[:200]}"
+
+
 @cache
-def validator() -> jsonschema.protocols.Validator:
-    """What tells whether something is a results file."""
+def _validator() -> Any:
+    import jsonschema
+
     return jsonschema.Draft202012Validator(schema())
 
 

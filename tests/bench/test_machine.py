@@ -17,7 +17,7 @@ from bench import machine as module
 from bench.machine import Gpu, NoGpu, Watch
 from bench.record.environment import environment
 from bench.record.rows import TABLES
-from bench.record.schema import validator
+from bench.record.schema import SCHEMA, fault
 from tests.bench.simulated import SimulatedGpu
 from tritonnorm import device
 
@@ -156,7 +156,7 @@ def test_the_environment_of_a_gpu(gpu: Gpu) -> None:
 
 def check_header(found: dict[str, object]) -> None:
     tables: dict[str, list[object]] = {name: [] for name in TABLES}
-    validator().validate({"schema": "tritonnorm.bench/1", "environment": found, **tables})
+    assert fault({"schema": SCHEMA, "environment": found, **tables}) is None
 
 
 def test_the_environment_names_no_host_and_no_user(monkeypatch: pytest.MonkeyPatch) -> None:

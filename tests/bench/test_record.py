@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -183,3 +184,17 @@ def test_load_gathers_files(tmp_path: Path) -> None:
         load(empty)
     with pytest.raises(ValueError, match="expected one of ops, roofs"):
         small().frame("rows")
+
+
+def test_a_machine_without_jsonschema_can_measure_but_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "jsonschema", None)
+    path = tmp_path / "results.json"
+    small().save(path)
+    with pytest.raises(ValueError, match=r"gb_s is 1\.0"):
+        broken().save(path)
+    with pytest.raises(ImportError, match="jsonschema"):
+        Record.read(path)
+    monkeypatch.undo()
+    assert Record.read(path) == small()
