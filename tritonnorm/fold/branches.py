@@ -156,12 +156,13 @@ def _terms(planner: Planner, node: Node) -> list[Node]:
         while maker is not None and maker.module is not None and _passes(planner, maker):
             value = maker.inputs[0]
             maker = value.node
-        if maker is None or (value is not sums.outputs[0] and len(value.uses) != 1):
+        at_top = value is sums.outputs[0]
+        if maker is None or (not at_top and (len(value.uses) != 1 or value.seen)):
             continue
         if maker.kind == OPERATION:
             if _is_sum(maker):
                 open_ += maker.inputs
-        elif not value.seen:
+        else:
             found.append(maker)
     return found
 

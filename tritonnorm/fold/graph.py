@@ -119,10 +119,6 @@ class Run:
     kept: set[int] = field(default_factory=set)
     foreign: dict[int, str] = field(default_factory=dict)
 
-    def calls(self, module: nn.Module) -> list[Node]:
-        """The nodes of a layer or batch norm."""
-        return [node for node in self.nodes if node.module is module]
-
     def functional(self) -> list[Node]:
         """The batch norm operations that are not part of a batch norm module."""
         return [n for n in self.nodes if n.kind == OPERATION and "batch_norm" in n.what]

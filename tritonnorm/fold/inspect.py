@@ -141,11 +141,17 @@ def batch_norm_reason(bn: nn.Module) -> str | None:
 
 
 def bake(model: nn.Module) -> int:
-    """Give the parametrised layers of a model plain weights; how many there were."""
+    """Give the parametrised layers of a model plain weights; how many there were.
+
+    Not by `remove_parametrizations`: it edits the class, which a copy shares with its original.
+    """
     layers = [m for m in model.modules() if parametrize.is_parametrized(m) and is_layer(m)]
     for layer in layers:
-        for name in list(layer.parametrizations):  # type: ignore[arg-type]
-            parametrize.remove_parametrizations(layer, name, leave_parametrized=True)
+        values = {name: getattr(layer, name).detach().clone() for name in layer.parametrizations}  # type: ignore[union-attr]
+        layer.__class__ = parametrize.type_before_parametrizations(layer)
+        del layer._modules["parametrizations"]
+        for name, value in values.items():
+            layer.register_parameter(name, nn.Parameter(value))
     return len(layers)
 
 

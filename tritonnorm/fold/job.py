@@ -124,6 +124,7 @@ class Job:
     def pairs(self) -> list[tuple[Plan, nn.Module, nn.Module]]:
         """The plans that concern one layer and one batch norm alone, with both."""
         partners = [p for plan in self.outcome.plans.values() for p in plan.partners]
+        partners += [*self.outcome.merged, *self.outcome.merged.values()]
         found = []
         for plan in self.outcome.plans.values():
             plain = self.norms[plan.name] not in self._affines

@@ -28,7 +28,13 @@ from tritonnorm.fold.memory import Memory, geometry_of
 _ESCAPES = frozenset(
     {"numpy", "__array__", "tolist", "data_ptr", "untyped_storage", "storage", "__dlpack__"}
 )
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+# Hooks of a module, and how many of them are the recorder's.
+_HOOKS = {
+    "_forward_hooks": 1,
+    "_forward_pre_hooks": 1,
+    "_backward_hooks": 0,
+    "_backward_pre_hooks": 0,
+}
 _SMALL = 65536  # elements of a constant that is kept for the algebra
 
 
@@ -42,10 +48,10 @@ def record(model: nn.Module, calls: list[Call]) -> list[Run]:
     """
     runs = []
     for position, call in enumerate(calls):
-        recorder = _Recorder(model)
+        recorder, fresh = _Recorder(model), call.map(torch.clone)
         try:
             with quiet_run(), recorder.hooks(), _Escapes(recorder), recorder:
-                result = call.run(model)
+                result = model(*fresh.args, **fresh.kwargs)
             recorder.finish(result)
         except Exception as error:
             raise ValueError(
@@ -111,6 +117,9 @@ class _Recorder(StateGuard):
             value, new = self._value(tensor, make=True)
             if new:
                 node.outputs.append(value)
+        if "lift_fresh" in node.what:  # a literal in the code of the model
+            for value in node.inputs:
+                value.constant = result.detach().clone()
         if node.outputs or not made:  # an operation that gives its input back is no use of it
             self.run.add(node)
             self._constant(node, result)
@@ -157,7 +166,8 @@ class _Recorder(StateGuard):
 
     def _constant(self, node: Node, result: Any) -> None:
         """Keep small results that depend on nothing but the model's state."""
-        if all(value.constant is not None for value in node.inputs):
+        random = torch.Tag.nondeterministic_seeded in node.function.tags
+        if not random and all(value.constant is not None for value in node.inputs):
             for tensor in tensors_in(result):
                 for value in node.outputs:
                     if value.memory == storage_key(tensor) and tensor.numel() <= _SMALL:
@@ -247,7 +257,7 @@ class _Recorder(StateGuard):
             self._close(span, result)
         else:
             span.outputs = [self._value(t, make=True)[0] for t in tensors_in(result)]
-        if any(len(getattr(module, name)) > 1 for name in _HOOKS):
+        if any(len(getattr(module, name)) > count for name, count in _HOOKS.items()):
             what = f"seen by a hook of {type(module).__name__}"
             for value in (*span.inputs, *span.outputs):
                 value.seen.append(what)

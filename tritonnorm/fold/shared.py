@@ -43,6 +43,8 @@ def untie(planner: Planner, bn: nn.Module) -> tuple[dict[str, Plan], dict[nn.Mod
         planner._clash(run, call)
         norms[norm] = None
     calls = [call for norm in norms for _, call in planner.calls[norm]]
+    if any(call.outputs[0].memory is None for call in calls):
+        raise Stop("one of the batch norms behind the layer does more than normalize")
     if len(norms) < 2 or any(_maker(call) is not conv for call in calls):
         raise Stop("")
     changes = {conv: site.becomes(IDENTITY)}

@@ -7,7 +7,7 @@ Nothing is changed here: a walk ends with the edits it needs, or with the reason
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -223,24 +223,28 @@ class Walker:
         return describe(node)
 
 
-def by_module(walks: list[tuple[Run, Walk]], name: NameOf) -> dict[nn.Module, ScaleShift]:
-    """The edits of all runs, one per module.
+def by_module(
+    walks: list[Walk], calls: Mapping[nn.Module, list[tuple[Run, Node]]], name: NameOf
+) -> dict[nn.Module, ScaleShift]:
+    """The edits of all walks, one per module.
+
+    Args:
+        walks: one for each run in which the batch norm is called.
+        calls: all calls of each module, in all runs.
+        name: names a module.
 
     Raises:
         Stop: a module is called several times, and not all calls want the same.
     """
     found: dict[nn.Module, ScaleShift] = {}
-    edits = [(run, node, edit) for run, walk in walks for node, edit in walk.edits.items()]
-    for _, node, edit in edits:
+    edits = {node: edit for walk in walks for node, edit in walk.edits.items()}
+    for node, edit in edits.items():
         module = node.module
         assert module is not None
         first = found.setdefault(module, edit)
         if not (torch.equal(first.scale, edit.scale) and torch.equal(first.shift, edit.shift)):
             raise Stop(f"{name(module)} is also called before another batch norm")
-    for run, walk in walks:
-        for module in found:
-            calls = run.calls(module)
-            missing = [node for node in calls if node not in walk.edits]
-            if missing:
-                raise Stop(f"{name(module)} is also called without the batch norm")
+    for module in found:
+        if any(node not in edits for _, node in calls[module]):
+            raise Stop(f"{name(module)} is also called without the batch norm")
     return found
