@@ -27,9 +27,9 @@ def into_branch(planner: Planner, bn: nn.Module, affine: ScaleShift) -> dict[nn.
     calls = planner.calls[bn]
     for beside in _beside(planner, calls[0][1]):
         site = planner.site(beside)
-        weight = site.weight
         if site.role != LAYER or not isinstance(beside, CONVS) or planner._closed(beside):
             continue
+        weight = site.weight
         if any(step != 1 for step in beside.stride) or not _together(planner, bn, beside):
             continue
         tap = _tap(beside)

@@ -108,19 +108,24 @@ class _Recorder(StateGuard):
             self._note(self.run.reads, value.memory, index)
         for tensor in tensors_in(written):
             self._overwrite(tensor, index)
-        made = list(tensors_in((result, written)))
-        for tensor in made:
+        made = list(tensors_in(result))
+        results, fresh = len(made), False
+        made += tensors_in(written)
+        for place, tensor in enumerate(made):
             if storage_key(tensor) is None:
                 for value in node.inputs:
                     value.seen.append(f"used by {node.what}, whose result cannot be followed")
                 continue
             value, new = self._value(tensor, make=True)
+            fresh |= new
             if new:
                 node.outputs.append(value)
+            elif place < results:  # known already; its place among the results stays
+                node.outputs.append(Value(tensor.shape, tensor.dtype, None))
         if "lift_fresh" in node.what:  # a literal in the code of the model
             for value in node.inputs:
                 value.constant = result.detach().clone()
-        if node.outputs or not made:  # an operation that gives its input back is no use of it
+        if fresh or not made:  # an operation that gives its input back is no use of it
             self.run.add(node)
             self._constant(node, result)
         return result
@@ -311,8 +316,8 @@ class _Recorder(StateGuard):
         """After the run: which values does somebody still hold?"""
         returned = {storage_key(tensor) for tensor in tensors_in(result)}
         del result
-        made = {key: m for key, m in self.memory.items() if not m.given}
-        if any(not memory.alive.expired() for memory in made.values()):
+        made = (m for key, m in self.memory.items() if not m.given and key not in returned)
+        if any(not memory.alive.expired() for memory in made):
             gc.collect()
         for key, memory in self.memory.items():
             if memory.given:
