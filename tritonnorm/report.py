@@ -19,7 +19,8 @@ class Row:
     Attributes:
         name: dotted name of the module in the model; "(root)" for the model itself.
         kind: class name of the module as it was found.
-        decision: "replaced", "folded", "reduced" (an addition per channel stays) or "left".
+        decision: "replaced", "folded", "reduced" (an addition per channel stays), "fused" (one
+            launch with its activation) or "left".
         reason: why, in words; never empty.
         rule: the rule that applied, such as "conv2d -> bn"; empty when none did.
         partner: name of the module it was folded into or fused with; empty when there is none.

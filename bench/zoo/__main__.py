@@ -14,7 +14,7 @@ from bench.zoo.table import page
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "bench" / "out" / "zoo.jsonl"
-PAGE = ROOT / "docs" / "fold_coverage.md"
+PAGE = ROOT / "docs" / "coverage.md"
 
 
 def main() -> int:
@@ -29,7 +29,10 @@ def main() -> int:
     found: dict[str, Result] = {}
     if options.results.exists():
         lines = options.results.read_text(encoding="utf-8").splitlines()
-        found = {f"{r['library']}/{r['name']}": Result(**r) for r in map(json.loads, lines)}
+        for line in lines:
+            read = json.loads(line)
+            result = Result(**{**read, "calls": tuple(read["calls"])})
+            found[f"{result.library}/{result.name}"] = result
     options.results.parent.mkdir(parents=True, exist_ok=True)
     for entry in entries():
         key = f"{entry.library}/{entry.name}"
@@ -43,7 +46,7 @@ def main() -> int:
         before, after = result.calls
         what = result.problem or result.raised or f"{before} -> {after}, error {result.error:.1e}"
         print(f"{key}: {what} ({result.seconds:.1f} s)", flush=True)
-    results = [Result(**{**r.as_json(), "calls": tuple(r.calls)}) for r in found.values()]
+    results = list(found.values())
     if options.page:
         options.page.write_text(page(results), encoding="utf-8")
     return 1 if any(r.wrong or r.raised for r in results) else 0

@@ -102,7 +102,7 @@ MODELS: dict[str, _Made] = {
     "textnet": ("TextNetForImageClassification", "TextNetConfig", {}, _pixels()),
     "hgnet_v2": ("HGNetV2ForImageClassification", "HGNetV2Config", {}, _pixels()),
     "efficientloftr": (
-        "EfficientLoFTRForKeypointMatching",
+        "EfficientLoFTRModel",
         "EfficientLoFTRConfig",
         {},
         lambda: {"pixel_values": torch.randn(1, 2, 3, 128, 128)},

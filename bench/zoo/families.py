@@ -64,6 +64,7 @@ ONE_CHANNEL = ("superpointnet", "pfpcnet")
 SPECIAL_INPUTS: dict[str, Callable[[], Any]] = {
     "lffd": lambda: (image(128),),
     "nvpattexp": lambda: (torch.randn(2, 8, 16, 29), torch.tensor([3, 3])),
+    "visemenet": lambda: (torch.randn(2, 8, 239), torch.full((2, 76), 3.0)),
     "voca": lambda: (torch.randn(2, 1, 16, 29), torch.tensor([1, 2])),
     "raft": lambda: (image(128), image(128)),
 }
@@ -114,6 +115,8 @@ def _first(module: Any) -> Callable[..., nn.Module]:
     """The first model of a file: models can be had with trained weights, their parts cannot."""
     for name in module.__all__:
         factory = getattr(module, name)
+        if name.startswith("get_"):
+            continue
         if callable(factory) and "pretrained" in signature(factory).parameters:
             return factory
         if callable(factory) and name.islower() and "kwargs" in signature(factory).parameters:

@@ -19,7 +19,7 @@ from bench.zoo.families import Entry
 
 __all__ = ["Result", "measure"]
 
-MAX_PARAMETERS = 60e6
+MAX_PARAMETERS = 100e6
 LIMIT = 1e-9  # relative, float64
 
 
@@ -33,6 +33,7 @@ class Result:
         raised: what fold raised; empty when it did not.
         parameters: of the model, in millions.
         calls: batch norm calls in eval mode of one run, before and after.
+        shifts: additions per channel that took their place, in one run.
         decisions: batch norms (modules) by decision and rule.
         reasons: batch norms that stayed, by reason.
         error: largest difference of an output in float64, relative to the largest value.
@@ -45,6 +46,7 @@ class Result:
     raised: str = ""
     parameters: float = 0.0
     calls: tuple[int, int] = (0, 0)
+    shifts: int = 0
     decisions: dict[str, int] = field(default_factory=dict)
     reasons: dict[str, int] = field(default_factory=dict)
     error: float = 0.0
@@ -73,7 +75,7 @@ def measure(entry: Entry, fold: Callable[..., tuple[nn.Module, Any]] = tritonnor
         model = model.double().eval()
         inputs = _doubled(inputs)
         settle(model, inputs)
-        before, expected = _run(model, inputs)
+        before, _, expected = _run(model, inputs)
     except Exception as error:
         result.problem = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
         return result
@@ -81,7 +83,7 @@ def measure(entry: Entry, fold: Callable[..., tuple[nn.Module, Any]] = tritonnor
     try:
         folded, report = fold(model, inputs)
         result.seconds = time.perf_counter() - start
-        after, got = _run(folded, inputs)
+        after, result.shifts, got = _run(folded, inputs)
     except Exception as error:
         result.raised = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         result.raised += traceback.format_exc()[-600:]
@@ -90,7 +92,8 @@ def measure(entry: Entry, fold: Callable[..., tuple[nn.Module, Any]] = tritonnor
     result.error = difference(expected, got)
     if report is not None:
         result.decisions = dict(Counter(f"{r.decision}: {r.rule}" for r in report.rows))
-        result.reasons = dict(Counter(r.reason for r in report.rows if r.decision == "left"))
+        stays = [row.reason for row in report.rows if row.decision in ("left", "fused")]
+        result.reasons = dict(Counter(stays))
     del model, folded, expected, got
     gc.collect()
     return result
@@ -156,18 +159,24 @@ class _Counter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _run(model: nn.Module, inputs: Any) -> tuple[int, list[Tensor]]:
-    """Batch norm calls in eval mode, those of frozen batch norm modules too, and the outputs."""
-    frozen = [m for m in model.modules() if "FrozenBatchNorm" in type(m).__name__]
-    calls: list[int] = []
-    handles = [m.register_forward_hook(lambda *_: calls.append(1)) for m in frozen]
+def _run(model: nn.Module, inputs: Any) -> tuple[int, int, list[Tensor]]:
+    """Batch norm calls in eval mode, frozen batch norms too; what is left of some; the outputs."""
+    watched = ("FrozenBatchNorm", "ChannelShift")
+    calls: Counter[str] = Counter()
+    handles = [
+        m.register_forward_hook(lambda *_, kind=kind: calls.update([kind]))
+        for m in model.modules()
+        for kind in watched
+        if kind in type(m).__name__
+    ]
     counter = _Counter()
     torch.manual_seed(0)
     with torch.no_grad(), counter:
         outputs = list(tensors_in(_call(model, inputs)))
     for handle in handles:
         handle.remove()
-    return counter.calls + len(calls), [t.clone() for t in outputs]
+    kept = [t.clone() for t in outputs]
+    return counter.calls + calls["FrozenBatchNorm"], calls["ChannelShift"], kept
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -12,7 +12,7 @@ from tritonnorm.activation import resolve
 from tritonnorm.fold.algebra import Folded
 from tritonnorm.fold.inspect import OURS, Names, is_layer
 from tritonnorm.fold.modules import AddActivation, ChannelShift, Zero
-from tritonnorm.fold.sites import LAYER, NORM, SHIFT, ZERO, Site, norm_parameters
+from tritonnorm.fold.sites import FUSED, LAYER, NORM, SHIFT, ZERO, Site, norm_parameters
 
 Tails = Mapping[nn.Module, nn.Module]
 
@@ -24,6 +24,15 @@ def tail_of(bn: nn.Module, residual: bool = False) -> nn.Module | None:
         activation, args = resolve(bn.activation, bn.activation_args)  # type: ignore[arg-type]
         found = None if activation is None else activation.module(*args)
     return AddActivation(found) if residual else found
+
+
+def _with_activation(bn: nn.Module, name: str, args: tuple[float, ...]) -> nn.Module:
+    """One of our batch norms with the tensors of this one."""
+    put = copy.copy(bn)
+    put.__dict__ |= {k: dict(v) for k, v in bn.__dict__.items() if isinstance(v, dict)}
+    put.__class__ = next(ours for ours in OURS if isinstance(bn, ours.__mro__[2]))
+    put.activation, put.activation_args = name, args  # type: ignore[assignment]
+    return put
 
 
 class Applied:
@@ -67,7 +76,10 @@ class Applied:
             assert site.shift is not None
             like = _tensor(there.running_mean)
             shift = site.shift.to(like.device, torch.float64 if exact else like.dtype)
-            self.put(there, ChannelShift(shift, tail).train(there.training))
+            self.put(there, ChannelShift(shift, tail, site.activation).train(there.training))
+        elif site.role == FUSED:
+            assert site.activation is not None
+            self.put(there, _with_activation(there, *site.activation))
         elif site.role == ZERO:
             self.put(there, Zero().train(there.training))
         else:

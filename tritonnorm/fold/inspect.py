@@ -140,6 +140,12 @@ def batch_norm_reason(bn: nn.Module) -> str | None:
     return _common_reason(bn, "batch norm")
 
 
+def hooked(module: nn.Module) -> bool:
+    """Whether the module has a hook, or a forward that was patched."""
+    patched = "forward" in module.__dict__ or module._compiled_call_impl is not None
+    return patched or any(getattr(module, name, None) for name in _HOOKS)
+
+
 def bake(model: nn.Module) -> int:
     """Give the parametrised layers of a model plain weights; how many there were.
 

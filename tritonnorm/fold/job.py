@@ -145,7 +145,12 @@ class Job:
                     or self.outcome.reasons.get(name)
                     or "no rule applies"
                 )
-                report.rows.append(Row(name, kind, LEFT, reason))
+                fused = self.outcome.fused.get(name)
+                if fused is None:
+                    report.rows.append(Row(name, kind, LEFT, reason))
+                else:
+                    reason = f"{reason}; so it runs in one launch with its activation"
+                    report.rows.append(Row(name, kind, "fused", reason, "bn + activation", fused))
                 continue
             reason = plan.reason
             if inspect.never_trained(bn):

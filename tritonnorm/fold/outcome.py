@@ -46,3 +46,9 @@ class Outcome:
     reasons: dict[str, str] = field(default_factory=dict)
     sites: dict[nn.Module, Site] = field(default_factory=dict)
     merged: dict[str, str] = field(default_factory=dict)
+    fused: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def made(self) -> list[str]:
+        """The batch norms that change, in the order in which they were planned."""
+        return [*self.plans, *(name for name in self.fused if name not in self.plans)]

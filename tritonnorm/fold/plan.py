@@ -16,6 +16,7 @@ from tritonnorm.fold import inspect, sites
 from tritonnorm.fold.algebra import FoldRefused, ScaleShift
 from tritonnorm.fold.branches import into_branch, merge_branches
 from tritonnorm.fold.change import Change, Stop, along
+from tritonnorm.fold.fused import fuse_activations
 from tritonnorm.fold.graph import Node, Run, Value
 from tritonnorm.fold.inspect import Names
 from tritonnorm.fold.outcome import Outcome, Plan
@@ -80,6 +81,7 @@ class Planner:
             if self._try(self._scale_only, name, waiting[name], first=False):
                 del waiting[name]
         merge_branches(self)
+        fuse_activations(self)
         return self.out
 
     def _ready(self) -> dict[str, nn.Module]:

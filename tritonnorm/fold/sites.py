@@ -12,7 +12,8 @@ from tritonnorm.fold.algebra import Folded, FoldRefused, ScaleShift
 from tritonnorm.fold.change import Stop
 from tritonnorm.fold.inspect import TRANSPOSED
 
-LAYER, NORM, IDENTITY, SHIFT, ZERO = "layer", "norm", "identity", "shift", "zero"
+LAYER, NORM, IDENTITY = "layer", "norm", "identity"
+SHIFT, ZERO, FUSED = "shift", "zero", "fused"
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,12 +22,14 @@ class Site:
 
     Attributes:
         module: what is there now.
-        role: `LAYER`, `NORM`, `IDENTITY`, `SHIFT` (adds `shift`) or `ZERO`.
+        role: `LAYER`, `NORM`, `IDENTITY`, `SHIFT` (adds `shift`), `ZERO`, or `FUSED` (a batch norm
+            with an activation).
         layer: for a layer, the module whose stride, padding and so on it has.
         exact: for a layer, its weight and bias in float64; bias of shape () for none.
         stored: the same, rounded to the dtype of the layer; None when unchanged.
         affine: for a batch norm, its scale and shift, (C,), float64.
         shift: what a `SHIFT` adds, (C,), float64.
+        activation: name and parameters of the activation that a `SHIFT` or `FUSED` runs, too.
         changed: whether the module has to be edited.
     """
 
@@ -37,6 +40,7 @@ class Site:
     stored: Folded | None = None
     affine: ScaleShift | None = None
     shift: Tensor | None = None
+    activation: tuple[str, tuple[float, ...]] | None = None
     changed: bool = False
 
     @property

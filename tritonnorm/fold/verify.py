@@ -186,7 +186,7 @@ def search(job: Job, report: Report, verify: bool) -> None:
     while failed := _pairs(job):
         job.dropped |= failed
         job.outcome = job.plan()
-    if not job.calls or not job.outcome.plans:
+    if not job.calls or not job.outcome.made:
         return
     check = ModelCheck(job.model, job.calls)
     if check.problem:
@@ -201,7 +201,7 @@ def search(job: Job, report: Report, verify: bool) -> None:
         job.outcome = job.plan()
         worst, problem = check(job, job.outcome)
     if problem:
-        for name in job.outcome.plans:
+        for name in job.outcome.made:
             job.dropped[name] = f"rolled back: with the other folds, {problem}"
         job.outcome, worst = job.plan(), 0.0
     report.error = worst
@@ -224,7 +224,7 @@ def _pairs(job: Job) -> dict[str, str]:
 
 def _culprit(job: Job, check: ModelCheck) -> tuple[str, str]:
     """The first fold with which the model is wrong, while it is right with those before it."""
-    names = list(job.outcome.plans)
+    names = job.outcome.made
     right, wrong = 0, len(names)
     why = check(job, job.plan(names))[1] or "it is wrong together with others"
     while wrong - right > 1:
