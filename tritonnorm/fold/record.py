@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 
 from tritonnorm.activation import resolve
 from tritonnorm.fold.graph import LAYER, NORM, OPERATION, Node, Run, Span, Value, leaves
-from tritonnorm.fold.guard import StateGuard, quiet_run
+from tritonnorm.fold.guard import StateGuard, quiet_run, with_schema
 from tritonnorm.fold.inputs import Call, tensors_in
 from tritonnorm.fold.inspect import OURS, is_layer, is_plain_norm, storage_key
 from tritonnorm.fold.memory import Memory, geometry_of
@@ -94,7 +94,7 @@ class _Recorder(StateGuard):
         self._foreign_reads(known)
         written = [
             given
-            for argument, given in _with_schema(func, args, kwargs)
+            for argument, given in with_schema(func, args, kwargs)
             if argument.alias_info is not None and argument.alias_info.is_write
         ]
         if "batch_norm" in func.__name__:
@@ -330,16 +330,6 @@ class _Recorder(StateGuard):
                 self.run.kept.add(key)
                 for value in (*memory.views.values(), *memory.parts):
                     value.seen.append(why)
-
-
-def _with_schema(func: Any, args: Any, kwargs: Any) -> list[tuple[Any, Any]]:
-    found = []
-    for place, argument in enumerate(func._schema.arguments):
-        if place < len(args) and not argument.kwarg_only:
-            found.append((argument, args[place]))
-        elif argument.name in kwargs:
-            found.append((argument, kwargs[argument.name]))
-    return found
 
 
 class _Escapes(TorchFunctionMode):
