@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from tritonnorm.fold import inspect
+from tritonnorm.fold.checkpoint import fold_state_dict
 from tritonnorm.fold.edit import apply
 from tritonnorm.fold.inputs import calls_from
 from tritonnorm.fold.inspect import Names
@@ -20,7 +21,7 @@ from tritonnorm.fold.job import Job
 from tritonnorm.fold.verify import search
 from tritonnorm.report import LEFT, Report, Row
 
-__all__ = ["fold"]
+__all__ = ["fold", "fold_state_dict"]
 
 Filter = Callable[[nn.Module, str], bool]
 
