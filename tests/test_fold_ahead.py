@@ -238,3 +238,24 @@ def test_an_identity_must_not_share_memory_that_is_overwritten() -> None:
     folded, report = fold(bad, x, verify=False)
     assert report.rows[0].decision != "folded", str(report)
     assert error(bad, folded, x) <= LIMIT
+
+
+def test_what_a_hook_sees_does_not_change() -> None:
+    seen: list[Tensor] = []
+    model = trained(
+        Net(lambda m, x: m.c(m.i(m.b(x))), b=bn(4), i=nn.Identity(), c=nn.Conv2d(4, 3, 3))
+    )
+    x = rand(2, 4, 6, 6)
+    assert fold(model, x)[1].counts == {"folded": 1}
+    model.i.register_forward_hook(lambda m, args, out: seen.append(out.shape))
+    _, report = fold(model, x)
+    assert report.counts == {"left": 1} and "hook of Identity" in report.rows[0].reason, str(report)
+
+
+def test_noise_is_no_constant() -> None:
+    """An addition of random numbers does not become a part of the shift."""
+    model = trained(
+        Net(lambda m, x: m.b(m.c(x) + torch.rand(1, 1, 1, 1).to(x)), c=conv(4, 4), b=bn(4))
+    )
+    _, report = fold(model, rand(2, 4, 6, 6), verify=False)
+    assert report.counts == {"left": 1}, str(report)
