@@ -57,6 +57,12 @@ BACK: dict[str, tuple[Callable[..., Any], dict[str, Any], tuple[int, ...], str]]
         X,
         "conv2d -> split -> bn",
     ),
+    "split behind a slice": (
+        lambda m, x: (y := m.c(x))[:, :2].tanh() + m.b(y.split(2, 1)[1]).tanh(),
+        {"c": conv(3, 4), "b": bn(2)},
+        X,
+        "conv2d -> split -> bn",
+    ),
     "slices": (
         lambda m, x: torch.cat(((y := m.c(x))[:, :2].tanh(), m.b(y[:, 2:])), 1).tanh(),
         {"c": conv(3, 4), "b": bn(2)},
@@ -148,3 +154,17 @@ def test_through_what_comes_before(name: str) -> None:
     assert (row.decision, row.rule) == ("folded", rule), str(report)
     assert type(folded.b) is nn.Identity
     assert error(model, folded, x) <= LIMIT and report.error <= LIMIT
+
+
+@pytest.mark.parametrize("negative", [False, True])
+def test_a_scale_goes_back_through_relu_when_it_is_not_negative(negative: bool) -> None:
+    norm = nn.BatchNorm2d(4, affine=True)
+    model = positive(trained(Net(lambda m, x: m.b(m.c(x).relu()).tanh(), c=conv(3, 4), b=norm)))
+    with torch.no_grad():
+        norm.bias.zero_()
+        norm.running_mean.zero_()
+        norm.weight[2] *= -1 if negative else 0
+    x = rand(*X)
+    folded, report = fold(model, x, verify=False)
+    assert report.counts == {"left" if negative else "folded": 1}, str(report)
+    assert error(model, folded, x) <= LIMIT

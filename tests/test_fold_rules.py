@@ -40,6 +40,17 @@ def test_parallel_branches_become_one(groups: int, mode: str) -> None:
     assert [m.kernel_size for m in left] == [(3, 3), (3, 3)], str(report)
 
 
+def test_branches_have_one_input_in_every_call() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        first = (m.b(x) + m.c(x)).tanh()
+        return first + (m.b(x.sin()) + m.c(x.cos())).tanh()
+
+    model = trained(Net(run, b=bn(4), c=conv(4, 4)))
+    x = rand(2, 4, 6, 6)
+    folded, report = fold(model, x, verify=False)
+    assert report.counts == {"left": 1} and error(model, folded, x) == 0, str(report)
+
+
 def test_branches_of_one_size_become_one() -> None:
     model = trained(
         Net(
