@@ -17,8 +17,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tritonnorm
 from bench.zoo.families import Entry
 
-__all__ = ["Result", "measure"]
+__all__ = ["TOOLS", "Result", "measure"]
 
+
+def _fx(model: nn.Module, inputs: Any) -> tuple[nn.Module, None]:
+    """PyTorch's own folding, which needs no inputs and gives no report."""
+    from torch.fx.experimental.optimization import fuse
+
+    return fuse(model), None
+
+
+TOOLS: dict[str, Callable[..., tuple[nn.Module, Any]]] = {
+    "tritonnorm": tritonnorm.fold,
+    "torch.fx": _fx,
+}
 MAX_PARAMETERS = 100e6
 LIMIT = 1e-9  # relative, float64
 
@@ -62,8 +74,9 @@ class Result:
         return asdict(self)
 
 
-def measure(entry: Entry, fold: Callable[..., tuple[nn.Module, Any]] = tritonnorm.fold) -> Result:
-    """Build one model, fold it in float64, and compare."""
+def measure(entry: Entry, tool: str = "tritonnorm") -> Result:
+    """Build one model, fold it in float64 with one of `TOOLS`, and compare."""
+    fold = TOOLS[tool]
     result = Result(entry.library, entry.name)
     torch.manual_seed(0)
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -27,9 +27,29 @@ the original. A *call* is one batch norm executed in eval mode in one run of the
 """
 
 
-def page(results: Sequence[Result]) -> str:
-    """The page in Markdown."""
-    return HEAD + "\n".join(_lines(sorted(results, key=lambda r: (r.library, r.name)))) + "\n"
+def page(tools: Mapping[str, Mapping[str, Result]]) -> str:
+    """The page in Markdown, from the results of each tool by model."""
+    ours = sorted(tools["tritonnorm"].values(), key=lambda r: (r.library, r.name))
+    lines = [*_lines(ours), *_others(tools)]
+    return HEAD + "\n".join(lines) + "\n"
+
+
+def _others(tools: Mapping[str, Mapping[str, Result]]) -> Iterator[str]:
+    """The tools on the models that all of them were tried on."""
+    ours = tools["tritonnorm"]
+    names = [key for key, r in ours.items() if r.calls[0] and all(key in t for t in tools.values())]
+    total = sum(ours[key].calls[0] for key in names)
+    yield "\n## Beside other tools\n"
+    yield f"{len(names)} models with {total} batch norm calls, in float64.\n"
+    yield "| tool | models it raised on | calls gone | wrong |"
+    yield "| --- | --- | --- | --- |"
+    for tool, results in tools.items():
+        some = [results[key] for key in names]
+        right = [r for r in some if not r.raised]
+        gone = sum(r.calls[0] - r.calls[1] for r in right)
+        wrong = ", ".join(r.name for r in right if r.wrong) or "none"
+        share = f"{100 * gone / total:.1f} %" if total else ""
+        yield f"| {tool} | {len(some) - len(right)} | {gone} ({share}) | {wrong} |"
 
 
 def _lines(results: list[Result]) -> Iterator[str]:
