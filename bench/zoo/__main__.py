@@ -43,8 +43,12 @@ def main() -> int:
         what = result.problem or result.raised or f"{before} -> {after}, error {result.error:.1e}"
         print(f"{key}: {what} ({result.seconds:.1f} s)", flush=True)
     if options.page:
-        others = {tool: _read(options.results / f"{tool}.jsonl") for tool in TOOLS}
-        options.page.write_text(page(others), encoding="utf-8")
+        known = {f"{entry.library}/{entry.name}" for entry in entries()}
+        tools = {}
+        for tool in TOOLS:
+            results = _read(options.results / f"{tool}.jsonl")
+            tools[tool] = {key: result for key, result in results.items() if key in known}
+        options.page.write_text(page(tools), encoding="utf-8")
     return 1 if any(r.wrong or r.raised for r in found.values()) else 0
 
 

@@ -178,14 +178,8 @@ MODELS: dict[str, _Made] = {
     "vitpose_classic": (
         "VitPoseForPoseEstimation",
         "VitPoseConfig",
-        {"use_simple_decoder": False, "image_size": [64, 64]},
-        _pixels(),
-    ),
-    "vitmatte": (
-        "VitMatteForImageMatting",
-        "VitMatteConfig",
-        {"hidden_size": 384},
-        lambda: {"pixel_values": image(64, 4)},
+        {"use_simple_decoder": False},
+        lambda: {"pixel_values": torch.randn(1, 3, 256, 192)},
     ),
     "zoedepth": (
         "ZoeDepthForDepthEstimation",
@@ -216,22 +210,6 @@ MODELS: dict[str, _Made] = {
         },
         lambda: {"input_features": torch.randn(2, 64, 80)},
     ),
-    "seamless_m4t": (
-        "SeamlessM4TSpeechEncoder",
-        "SeamlessM4TConfig",
-        {
-            "hidden_size": 64,
-            "speech_encoder_layers": 2,
-            "speech_encoder_attention_heads": 2,
-            "speech_encoder_intermediate_size": 64,
-            "decoder_layers": 1,
-            "encoder_layers": 1,
-            "feature_projection_input_dim": 32,
-            "vocab_size": 32,
-        },
-        lambda: {"input_features": torch.randn(2, 40, 32)},
-    ),
-    "speecht5_postnet": ("SpeechT5ForTextToSpeech", "SpeechT5Config", {}, dict),
     "clap_audio": (
         "ClapAudioModel",
         "ClapAudioConfig",
@@ -283,7 +261,6 @@ MODELS: dict[str, _Made] = {
             "future_time_features": torch.randn(2, 4, 1),
         },
     ),
-    "uvdoc": ("UVDocModel", "UVDocConfig", {}, _pixels(128)),
     "pp_lcnet": ("PPLCNetForImageClassification", "PPLCNetConfig", {}, _pixels()),
     "pp_lcnet_v3": ("PPLCNetV3Backbone", "PPLCNetV3Config", {}, _pixels()),
     "pp_lcnet_v4": ("PPLCNetV4Backbone", "PPLCNetV4Config", {}, _pixels()),

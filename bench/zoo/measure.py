@@ -76,7 +76,14 @@ class Result:
 
 def measure(entry: Entry, tool: str = "tritonnorm") -> Result:
     """Build one model, fold it in float64 with one of `TOOLS`, and compare."""
-    fold = TOOLS[tool]
+    before = torch.get_default_dtype()
+    try:
+        return _measure(entry, TOOLS[tool])
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _measure(entry: Entry, fold: Callable[..., tuple[nn.Module, Any]]) -> Result:
     result = Result(entry.library, entry.name)
     torch.manual_seed(0)
     try:
@@ -86,6 +93,7 @@ def measure(entry: Entry, tool: str = "tritonnorm") -> Result:
             result.problem = f"{result.parameters:.0f} M parameters"
             return result
         model = model.double().eval()
+        torch.set_default_dtype(torch.float64)  # of the constants that a forward makes
         inputs = _doubled(inputs)
         settle(model, inputs)
         before, _, expected = _run(model, inputs)
