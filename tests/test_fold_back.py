@@ -154,6 +154,7 @@ def test_through_what_comes_before(name: str) -> None:
     assert (row.decision, row.rule) == ("folded", rule), str(report)
     assert type(folded.b) is nn.Identity
     assert error(model, folded, x) <= LIMIT and report.error <= LIMIT
+    assert row.error is not None and row.error <= LIMIT  # at its output, on real activations
 
 
 @pytest.mark.parametrize("negative", [False, True])

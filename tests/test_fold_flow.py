@@ -334,6 +334,12 @@ def test_random_graphs(steps: list[str], traced: bool) -> None:
     assert len(report.rows) == steps.count("bn")
     assert error(model, folded, x) <= LIMIT
     chain = [step for step in steps if step != "identity"]
-    neighbours = [a in ("conv", "transpose") and b == "bn" for a, b in itertools.pairwise(chain)]
+    certain = _neighbours(chain)
     folds = report.counts.get("folded", 0)
-    assert folds == sum(neighbours) if traced else folds >= sum(neighbours)
+    assert certain <= folds
+    if traced:  # a value that was remembered need not have been used again
+        assert folds <= _neighbours([step for step in chain if step != "twice"])
+
+
+def _neighbours(chain: list[str]) -> int:
+    return sum(a in ("conv", "transpose") and b == "bn" for a, b in itertools.pairwise(chain))

@@ -24,6 +24,7 @@ the original. A *call* is one batch norm executed in eval mode in one run of the
 - *reduced*: its scale is in the layers behind it, and one addition per channel is left. That needs
   scales that are not negative, as all are here; trained models have a few that are.
 - *left*: it runs, with the reason in the report; together with its activation where one follows.
+
 """
 
 
@@ -125,4 +126,5 @@ def _reasons(results: list[Result]) -> Iterator[str]:
 def _general(reason: str) -> str:
     """The reason without the names of one model."""
     text = re.sub(r"\b\w+(\.\w+)+\b", "a layer", reason)
+    text = text.removesuffix("; so it runs in one launch with its activation")
     return re.sub(r"its (in|out)put is \([\d, ]+\)", "by the shapes", text)

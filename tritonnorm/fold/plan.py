@@ -78,7 +78,7 @@ class Planner:
             if len(self.out.plans) == done:
                 break
         for name in list(waiting):
-            if self._try(self._scale_only, name, waiting[name], first=False):
+            if self._try(self._scale_only, name, waiting[name], first=True):
                 del waiting[name]
         merge_branches(self)
         fuse_activations(self)
@@ -105,7 +105,8 @@ class Planner:
         except (Stop, FoldRefused) as reason:
             said, text = self.out.reasons.get(name, ""), str(reason)
             if first and text and text not in said:
-                ahead = "and ahead: " if attempt == self._after else ""
+                prefixes = {self._after: "and ahead: ", self._scale_only: "its scale alone: "}
+                ahead = prefixes.get(attempt, "")
                 self.out.reasons[name] = f"{said}; {ahead}{text}" if said else text
             return False
         self.out.plans[name] = plan

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from tritonnorm.report import Report
 
 TOLERANCE = 1e-9  # relative, float64; the largest seen over 130 correct models is about 1e-11
 MOST = 8  # folds that are looked for one by one before all are given up
+SAMPLE = 4096  # elements of each output of a batch norm that are compared
 _LOW = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -136,15 +137,18 @@ class ModelCheck:
 
     Attributes:
         problem: why there is none; empty otherwise.
+        errors: of the last comparison, at the output of each batch norm and of what took its place.
     """
 
-    def __init__(self, model: nn.Module, calls: Sequence[Call]) -> None:
+    def __init__(self, job: Job, calls: Sequence[Call]) -> None:
         self.problem = ""
         self.calls = len(calls)
+        self.errors: dict[str, float] = {}
         try:
-            self.double = copy.deepcopy(model).double()
+            self.double = copy.deepcopy(job.model).double()
             self.inputs = [call.double() for call in calls]
-            self.expected = [_outputs(self.double, call) for call in self.inputs]
+            with _samples(self.double, job.found) as self.samples:
+                self.expected = [_outputs(self.double, call) for call in self.inputs]
         except Exception as error:
             text = str(error).strip().splitlines()[0] if str(error) else ""
             self.problem = f"no float64 run is possible ({type(error).__name__}: {text})"
@@ -159,11 +163,18 @@ class ModelCheck:
         except Exception as error:
             return float("inf"), f"the edit raised {type(error).__name__}: {error}"
         try:
+            with _samples(self.double, outcome.plans) as samples:
+                got = [_outputs(self.double, call) for call in self.inputs]
             errors = [
                 _relative(a, b)
-                for call, before in zip(self.inputs, self.expected, strict=True)
-                for a, b in zip(before, _outputs(self.double, call), strict=True)
+                for before, after in zip(self.expected, got, strict=True)
+                for a, b in zip(before, after, strict=True)
             ]
+            self.errors = {
+                name: max(map(_relative, self.samples[name], parts))
+                for name, parts in samples.items()
+                if len(self.samples.get(name, ())) == len(parts)
+            }
         except Exception as error:
             return float("inf"), f"the folded model raised {type(error).__name__}: {error}"
         finally:
@@ -188,7 +199,7 @@ def search(job: Job, report: Report, verify: bool) -> None:
         job.outcome = job.plan()
     if not job.calls or not job.outcome.made:
         return
-    check = ModelCheck(job.model, job.calls)
+    check = ModelCheck(job, job.calls)
     if check.problem:
         report.notes.append(f"whole-model check not run: {check.problem}")
         return
@@ -205,6 +216,9 @@ def search(job: Job, report: Report, verify: bool) -> None:
             job.dropped[name] = f"rolled back: with the other folds, {problem}"
         job.outcome, worst = job.plan(), 0.0
     report.error = worst
+    # Where a later fold goes through an identity its output is another, and means nothing.
+    fine = {name: error for name, error in check.errors.items() if error <= TOLERANCE}
+    job.errors = fine | job.errors
     count = f"{check.calls} example input{'' if check.calls == 1 else 's'}"
     report.notes.append(f"whole model in float64 on {count}: largest relative error {worst:.2g}")
 
@@ -235,6 +249,29 @@ def _culprit(job: Job, check: ModelCheck) -> tuple[str, str]:
         else:
             right = middle
     return names[wrong - 1], why
+
+
+@contextlib.contextmanager
+def _samples(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, list[Tensor]]]:
+    """Some elements of each output of the modules with these names, while a model runs."""
+    found: dict[str, list[Tensor]] = {}
+
+    def keep(name: str, out: Any) -> None:
+        if isinstance(out, Tensor) and out.numel():
+            step = max(1, out.numel() // SAMPLE)
+            found.setdefault(name, []).append(out.detach().flatten()[::step].clone())
+
+    handles = [
+        model.get_submodule("" if name == "(root)" else name).register_forward_hook(
+            lambda m, args, out, name=name: keep(name, out)
+        )
+        for name in names
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _outputs(model: nn.Module, call: Call) -> list[Tensor]:
