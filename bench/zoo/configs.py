@@ -127,7 +127,7 @@ MODELS: dict[str, _Made] = {
         _pixels(128),
     ),
     "dpt_batch_norm": (
-        "DPTForDepthEstimation",
+        "DPTForSemanticSegmentation",
         "DPTConfig",
         {
             "hidden_size": 48,

@@ -97,6 +97,8 @@ def _measure(entry: Entry, fold: Callable[..., tuple[nn.Module, Any]]) -> Result
         inputs = _doubled(inputs)
         settle(model, inputs)
         before, _, expected = _run(model, inputs)
+        if not any(t.is_floating_point() and bool(t.abs().max() > 0) for t in expected):
+            raise ValueError("its outputs are all zero, which proves nothing")
     except Exception as error:
         result.problem = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
         return result

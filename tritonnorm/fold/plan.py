@@ -105,8 +105,8 @@ class Planner:
         except (Stop, FoldRefused) as reason:
             said, text = self.out.reasons.get(name, ""), str(reason)
             if first and text and text not in said:
-                prefixes = {self._after: "and ahead: ", self._scale_only: "its scale alone: "}
-                ahead = prefixes.get(attempt, "")
+                ahead = "and ahead: " if attempt == self._after else ""
+                ahead = "its scale alone: " if attempt == self._scale_only else ahead
                 self.out.reasons[name] = f"{said}; {ahead}{text}" if said else text
             return False
         self.out.plans[name] = plan
