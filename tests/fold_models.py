@@ -66,3 +66,33 @@ class Chain(nn.Module):
 
 
 X = (2, 3, 6, 6)
+
+
+class Net(nn.Module):
+    """Named modules, and a forward that can be chosen: `run(self, x)`."""
+
+    def __init__(self, run: Callable[..., Any], **modules: nn.Module) -> None:
+        super().__init__()
+        for name, module in modules.items():
+            setattr(self, name, module)
+        self.run = run
+
+    def forward(self, x: Tensor) -> Any:
+        return self.run(self, x)
+
+
+def positive(model: nn.Module) -> nn.Module:
+    """The model with positive scales in its batch norms."""
+    for m in model.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.weight is not None:
+            m.weight.data.abs_()
+    return model
+
+
+def conv(inputs: int, outputs: int, size: int = 3, **options: Any) -> nn.Conv2d:
+    """A convolution that keeps the size of the image."""
+    return nn.Conv2d(inputs, outputs, size, padding=size // 2, **options)
+
+
+def bn(channels: int) -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(channels)

@@ -139,25 +139,21 @@ def test_whole_model_check_rolls_back_and_names_the_bad_pair(
     model = trained(
         nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 5, 1), nn.BatchNorm2d(5))
     )
-    edit = sys.modules["tritonnorm.fold.edit"]
-    package = sys.modules["tritonnorm.fold"]
-    real = edit.fold_into
+    sites, verify = (sys.modules[f"tritonnorm.fold.{name}"] for name in ("sites", "verify"))
+    real = sites.after_layer
 
-    def wrong(producer: Any, affine: Any) -> Any:
-        folded = real(producer, affine)
-        if producer.out_channels == 5:
-            folded.bias.add_(0.01)
-        return folded
+    def wrong(site: Any, affine: Any) -> Any:
+        if site.module.out_channels == 5:
+            affine.shift.add_(0.01)
+        return real(site, affine)
 
-    monkeypatch.setattr(edit, "fold_into", wrong)
+    monkeypatch.setattr(sites, "after_layer", wrong)
     # the check of the pair sees it
     _, report = fold(model, rand(*X))
     assert [row.decision for row in report.rows] == ["folded", "left"]
     assert "check failed" in report.rows[1].reason
     # and without that check, the check of the whole model
-    passed = package.check_pair
-    good = lambda edit: type(passed(edit))(0.0, 0.0)  # noqa: E731
-    monkeypatch.setattr(package, "check_pair", good)
+    monkeypatch.setattr(verify, "check_pair", lambda *_: verify.PairCheck(0.0, 0.0))
     folded, report = fold(model, rand(*X))
     assert [row.decision for row in report.rows] == ["folded", "left"], str(report)
     assert "rolled back: relative error" in report.rows[1].reason and report.rows[1].name == "3"
@@ -220,7 +216,8 @@ def test_half_precision_overflow_is_refused() -> None:
     ("arguments", "message"),
     [
         ({"model": 3}, "model: expected a torch.nn.Module, got int"),
-        ({"rules": "all"}, "rules: expected 'exact'"),
+        ({"rules": "most"}, "rules: expected 'exact' or 'all', got 'most'"),
+        ({"rules": "all", "inplace": True}, "rules: expected 'exact' with inplace=True"),
         ({"example_inputs": []}, "example_inputs: expected at least one input"),
         ({"example_inputs": "x"}, "example_inputs: expected a tensor.*got str"),
         ({"example_inputs": (1,)}, "example_inputs: expected at least one tensor"),

@@ -28,7 +28,7 @@ def test_definition_order_means_nothing() -> None:
         assert error(model, folded, rand(*X)) <= LIMIT
     other = trained(Chain(lambda m, x: m.bn(m.conv(x).relu())))
     assert "relu" in reason(other)
-    assert "used by relu" in reason(other, rand(*X)) or "not the output" in reason(other, rand(*X))
+    assert "the shift does not pass through relu" in reason(other, rand(*X))
 
 
 def _keep(m: Any, x: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def _view(m: Any, x: Tensor) -> Tensor:
 
 def _in_place(m: Any, x: Tensor) -> Tensor:
     y = m.conv(x)
-    y += 1
+    y.clamp_(min=1)
     return m.bn(y)
 
 
@@ -65,13 +65,13 @@ def _own_statistics(m: Any, x: Tensor) -> Tensor:
 TRAPS: dict[str, tuple[Callable[..., Any], str]] = {
     "skip": (lambda m, x: (y := m.conv(x)) + m.bn(y), "also used by add"),
     "returned": (lambda m, x: (m.bn(y := m.conv(x)), y), "output"),
-    "relu between": (lambda m, x: m.bn(m.conv(x).relu()), "follows relu|not the output"),
+    "relu between": (lambda m, x: m.bn(m.conv(x).relu()), "follows relu|through relu"),
     "kept": (_keep, "kept"),
     "numpy": (_numpy, "numpy"),
     "view": (_view, "also used by"),
-    "in place": (_in_place, "add"),
-    "bn only": (lambda m, x: m.bn(x.repeat(1, 2, 1, 1)[:, :4]), "not the output|follows getitem"),
-    "bn twice": (lambda m, x: m.bn(m.bn(m.conv(x))), "something else|more than once"),
+    "in place": (_in_place, "clamp"),
+    "bn only": (lambda m, x: m.bn(x.repeat(1, 2, 1, 1)[:, :4]), "in several ways|follows getitem"),
+    "bn twice": (lambda m, x: m.bn(m.bn(m.conv(x))), "also called without|more than once"),
     "conv twice": (lambda m, x: m.bn(m.conv(x)) + m.conv(x), "without the batch norm|once"),
     "bn unused": (lambda m, x: m.conv(x), "not executed|not called"),
     "weight read": (_own_weight, "read outside"),
@@ -112,10 +112,14 @@ def test_unbatched_convolution_does_not_fold() -> None:
 
 
 def test_shared_layers_and_tied_weights() -> None:
-    two = trained(Chain(lambda m, x: m.bn(m.conv(x)) + m.bn2(m.conv(x)), bn2=nn.BatchNorm2d(4)))
-    for inputs in (None, rand(*X)):
-        folded, report = fold(two, inputs, verify=False)
-        assert report.counts == {"left": 2}, str(report)
+    two = trained(Chain(lambda m, x: m.bn(m.conv(x)) + m.bn2(m.conv(2 * x)), bn2=nn.BatchNorm2d(4)))
+    _, report = fold(two, verify=False)
+    assert report.counts == {"left": 2}, str(report)
+    folded, report = fold(two, rand(*X), verify=False)
+    assert report.counts == {"folded": 2} and error(two, folded, rand(*X)) <= LIMIT
+    assert {row.rule for row in report.rows} == {"shared conv2d -> bn"}
+    assert f"{4 * 3 * 9 * 8} bytes more" in report.notes[0]
+    assert (type(folded.conv), type(folded.bn)) == (nn.Identity, nn.Conv2d)
     tied = trained(
         Chain(
             lambda m, x: m.bn(m.conv(x)) + m.bn2(m.conv2(x)),
@@ -125,9 +129,9 @@ def test_shared_layers_and_tied_weights() -> None:
     )
     tied.conv2.weight = tied.conv.weight
     for inputs in (None, rand(*X)):
-        _, report = fold(tied, inputs, verify=False)
-        assert report.counts == {"left": 2}
-        assert "conv.weight, conv2.weight" in report.rows[0].reason
+        folded, report = fold(tied, inputs, verify=False)
+        assert report.counts == {"folded": 2} and error(tied, folded, rand(*X)) <= LIMIT
+        assert "bytes more" in report.notes[0]
     # one block called twice is fine: every call is the same pair
     block = trained(Chain(lambda m, x: m.bn(m.conv(x)) + m.bn(m.conv(2 * x))))
     folded, report = fold(block, rand(*X))
@@ -185,8 +189,8 @@ def _change(name: str) -> nn.Module:
         bn.running_var[2] = -1
     if name == "nan":
         bn.running_mean[1] = float("nan")
-    if name == "frozen":
-        model[1] = FrozenBatchNorm2d(4).double()
+    if name == "own statistics":
+        model[1] = OwnStatisticsBatchNorm2d(4).double()
     if name == "subclass tensor":
         conv.weight = nn.Parameter(conv.weight.detach().as_subclass(Sharded))
     return model
@@ -196,32 +200,32 @@ class Sharded(Tensor):
     pass
 
 
-class FrozenBatchNorm2d(nn.Module):
+class OwnStatisticsBatchNorm2d(nn.Module):
     def __init__(self, n: int) -> None:
         super().__init__()
         for name in ("weight", "bias", "running_mean", "running_var"):
             self.register_buffer(name, torch.ones(n))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.weight[:, None, None] + self.bias[:, None, None]
+        return x * self.weight[:, None, None] / x.std()
 
 
 LEFT = {
-    "conv subclass": "follows abs|not the output",
-    "bn subclass": "not a class known to be plain",
+    "conv subclass": "follows abs|through abs|follows a Odd|follows an Odd|OddConv",
+    "bn subclass": "not a class known to be plain|goes on with abs",
     "no statistics": "statistics",
     "training": "training mode",
     "conv hook": "has a hook",
     "bn hook": "has a hook",
     "backward hook": "has a hook",
     "gradient hook": "gradient hook",
-    "spectral norm": "parametrised|not the output|follows",
+    "spectral norm": "parametrised|follows",
     "bn parametrised": "parametrised",
     "patched": "patched or compiled",
     "compiled": "compiled",
     "negative": "running_var is negative (channel 2)",
     "nan": "running_mean is not finite (channel 1)",
-    "frozen": "not a class known to be plain",
+    "own statistics": "not a class known to be plain|it goes on with",
     "subclass tensor": "Sharded, not a plain tensor",
 }
 
@@ -231,7 +235,9 @@ LEFT = {
 def test_left_with_its_reason(name: str, recorded: bool) -> None:
     """One odd pair is left and named; the good pair beside it still folds."""
     odd = _change(name)
-    model = nn.Sequential(odd, trained(nn.Sequential(nn.Conv2d(4, 3, 1), nn.BatchNorm2d(3))))
+    good = trained(nn.Sequential(nn.Conv2d(4, 3, 1), nn.BatchNorm2d(3)))
+    model = nn.Sequential(odd, good, nn.Tanh())
+    odd.append(nn.Softsign())  # which does not fold, and is not fused either
     folded, report = fold(model, rand(*X) if recorded else None, inplace=True)
     assert [row.decision for row in report.rows] == ["left", "folded"], str(report)
     assert any(words in report.rows[0].reason for words in LEFT[name].split("|")), str(report)
@@ -253,17 +259,19 @@ def test_scripted() -> None:
     assert "fold before scripting" in reason(torch.jit.script(plain))
 
 
-def test_residual_call_is_left() -> None:
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_residual_stays(activation: str | None) -> None:
     model = trained(
         Chain(
             lambda m, x: m.ours(m.conv(x), x[:, :1] + m.conv2(x)),
-            ours=tritonnorm.BatchNorm2d(4),
+            ours=tritonnorm.BatchNorm2d(4, activation=activation),
             conv2=nn.Conv2d(3, 4, 3, padding=1),
         )
     )
     del model.bn
-    for inputs in (None, rand(*X)):
-        assert "more than one input" in reason(model, inputs)
+    assert "more than one input" in reason(model)
+    folded, report = fold(model, rand(*X))
+    assert report.counts == {"folded": 1} and error(model, folded, rand(*X)) <= LIMIT
 
 
 def test_container_hooks_forbid_the_trace_but_not_the_recording() -> None:
@@ -326,5 +334,12 @@ def test_random_graphs(steps: list[str], traced: bool) -> None:
     assert len(report.rows) == steps.count("bn")
     assert error(model, folded, x) <= LIMIT
     chain = [step for step in steps if step != "identity"]
-    neighbours = [a in ("conv", "transpose") and b == "bn" for a, b in itertools.pairwise(chain)]
-    assert report.counts.get("folded", 0) == sum(neighbours)
+    certain = _neighbours(chain)
+    folds = report.counts.get("folded", 0)
+    assert certain <= folds
+    if traced:  # a value that was remembered need not have been used again
+        assert folds <= _neighbours([step for step in chain if step != "twice"])
+
+
+def _neighbours(chain: list[str]) -> int:
+    return sum(a in ("conv", "transpose") and b == "bn" for a, b in itertools.pairwise(chain))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from . import functional as functional
 from . import nn as nn
 from .fold import fold as fold
+from .fold import fold_state_dict as fold_state_dict
 from .nn import BatchNorm1d as BatchNorm1d
 from .nn import BatchNorm2d as BatchNorm2d
 from .nn import BatchNorm3d as BatchNorm3d

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import textwrap
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -18,7 +19,8 @@ class Row:
     Attributes:
         name: dotted name of the module in the model; "(root)" for the model itself.
         kind: class name of the module as it was found.
-        decision: "replaced", "folded" or "left".
+        decision: "replaced", "folded", "reduced" (an addition per channel stays), "fused" (one
+            launch with its activation) or "left".
         reason: why, in words; never empty.
         rule: the rule that applied, such as "conv2d -> bn"; empty when none did.
         partner: name of the module it was folded into or fused with; empty when there is none.
@@ -53,6 +55,22 @@ class Report:
     notes: list[str] = field(default_factory=list)
     dry_run: bool = False
     error: float | None = None
+    _undo: Callable[[], None] | None = field(default=None, repr=False, compare=False)
+
+    def on_undo(self, action: Callable[[], None]) -> None:
+        """Set what `undo` does."""
+        self._undo = action
+
+    def undo(self) -> None:
+        """Take the change back: the model gets its original modules and parameters again.
+
+        Raises:
+            ValueError: nothing was changed, or it was taken back already.
+        """
+        if self._undo is None:
+            raise ValueError("undo: expected the report of a change that is still in place")
+        self._undo()
+        self._undo = None
 
     @property
     def counts(self) -> dict[str, int]:

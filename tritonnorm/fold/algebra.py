@@ -83,6 +83,31 @@ def fold_conv_transpose(
     return Folded((split * scale).flatten(0, 1), _fold_bias(bias, affine))
 
 
+def fold_before_conv(
+    weight: Tensor, bias: Tensor | None, groups: int, affine: ScaleShift
+) -> Folded:
+    """Fold what comes before a convolution or linear layer into it; its input has C_in channels.
+
+    Output channel o meets the input channels of its own group only, so the scale is laid out as
+    (groups, 1, C_in/groups, 1, ...). The shift reaches the output through every weight, which is a
+    constant per channel only where no padding takes the place of an input.
+    """
+    split = weight.detach().double().unflatten(0, (groups, -1))
+    layout = (groups, 1, -1, *(1,) * (weight.dim() - 2))
+    reached = (split * affine.shift.reshape(layout)).flatten(2).sum(2).flatten()
+    old = torch.zeros_like(reached) if bias is None else bias.detach().double()
+    return Folded((split * affine.scale.reshape(layout)).flatten(0, 1), old + reached)
+
+
+def fold_before_conv_transpose(weight: Tensor, bias: Tensor | None, affine: ScaleShift) -> Folded:
+    """Fold a scale before a transposed convolution into it: its weight is (C_in, ...)."""
+    scale = affine.scale.reshape(-1, *(1,) * (weight.dim() - 1))
+    new = weight.detach().double() * scale
+    if bias is not None:
+        return Folded(new, bias.detach().double())
+    return Folded(new, new.new_zeros(()))
+
+
 def _fold_bias(bias: Tensor | None, affine: ScaleShift) -> Tensor:
     if bias is None:
         return affine.shift
@@ -103,7 +128,7 @@ def cast(folded: Folded, like: Tensor, channel_max: Tensor) -> Folded:
     """
     info = torch.finfo(like.dtype)
     name = str(like.dtype).removeprefix("torch.")
-    bias = folded.bias.to(like.dtype)
+    bias = folded.bias.to(like.device, like.dtype)
     _refuse(channel_max > info.max, f"the folded weight overflows in {name}")
     _refuse(~torch.isfinite(bias), f"the folded bias overflows in {name}")
     subnormal = (channel_max > 0) & (channel_max < info.smallest_normal)

@@ -1,86 +1,50 @@
-"""The fold of one pair as an edit of the model: computed, applied, and undone on demand."""
+"""The edits of a fold on a model: made all together, and undone on demand."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import copy
+from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from tritonnorm.activation import resolve
-from tritonnorm.fold import algebra
-from tritonnorm.fold.algebra import Folded, ScaleShift
-from tritonnorm.fold.inspect import OURS, TRANSPOSED
-from tritonnorm.fold.pairs import Pair
+from tritonnorm.fold.algebra import Folded
+from tritonnorm.fold.inspect import OURS, Names, is_layer
+from tritonnorm.fold.modules import AddActivation, ChannelShift, Zero
+from tritonnorm.fold.sites import FUSED, LAYER, NORM, SHIFT, ZERO, Site, norm_parameters
+
+Tails = Mapping[nn.Module, nn.Module]
 
 
-@dataclass(frozen=True)
-class Edit:
-    """What folding one pair puts into the model.
-
-    Attributes:
-        pair: the batch norm and the layer.
-        exact: folded parameters in float64.
-        stored: the same, rounded to the layer's dtype.
-        scale: largest |scale| over the channels.
-    """
-
-    pair: Pair
-    exact: Folded
-    stored: Folded
-    scale: float
-
-
-def plan_edit(pair: Pair) -> Edit:
-    """Compute the folded parameters of a pair; changes nothing.
-
-    Raises:
-        FoldRefused: the numbers do not allow it; the message says why.
-    """
-    affine = affine_of(pair.bn)
-    weight = _tensor(pair.producer.weight)
-    exact = fold_into(pair.producer, affine)
-    groups = pair.producer.groups if type(pair.producer) in TRANSPOSED else None
-    peak = algebra.channel_maximum(exact.weight, groups)  # type: ignore[arg-type]
-    stored = algebra.cast(exact, weight, peak)
-    return Edit(pair, exact, stored, float(affine.scale.abs().amax()))
-
-
-def affine_of(bn: nn.Module) -> ScaleShift:
-    """Scale and shift of a batch norm in eval mode."""
-    return algebra.scale_shift(
-        _tensor(bn.running_mean),
-        _tensor(bn.running_var),
-        bn.eps,  # type: ignore[arg-type]
-        bn.weight,  # type: ignore[arg-type]
-        bn.bias,  # type: ignore[arg-type]
-    )
-
-
-def fold_into(producer: nn.Module, affine: ScaleShift) -> Folded:
-    """Folded parameters of a convolution, transposed convolution or linear layer, in float64."""
-    weight, bias = _tensor(producer.weight), producer._parameters["bias"]
-    if type(producer) in TRANSPOSED:
-        return algebra.fold_conv_transpose(weight, bias, producer.groups, affine)  # type: ignore[arg-type]
-    return algebra.fold_conv(weight, bias, affine)
-
-
-def successor(bn: nn.Module) -> nn.Module:
-    """What takes the place of a folded batch norm: its activation, or an identity."""
-    if type(bn) in OURS:
+def tail_of(bn: nn.Module, residual: bool = False) -> nn.Module | None:
+    """What one of our batch norms does after the normalization; None for nothing."""
+    found: nn.Module | None = None
+    if isinstance(bn, OURS):
         activation, args = resolve(bn.activation, bn.activation_args)  # type: ignore[arg-type]
-        if activation is not None:
-            module = activation.module(*args)
-            return module.train(bn.training)
-    return nn.Identity().train(bn.training)
+        found = None if activation is None else activation.module(*args)
+    return AddActivation(found) if residual else found
+
+
+def _with_activation(bn: nn.Module, name: str, args: tuple[float, ...]) -> nn.Module:
+    """One of our batch norms with the tensors of this one."""
+    put = copy.copy(bn)
+    put.__dict__ |= {k: dict(v) for k, v in bn.__dict__.items() if isinstance(v, dict)}
+    put.__class__ = next(ours for ours in OURS if isinstance(bn, ours.__mro__[2]))
+    put.activation, put.activation_args = name, args  # type: ignore[assignment]
+    return put
 
 
 class Applied:
     """Edits that were made to a model, with what is needed to take them back."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self._parameters: list[tuple[nn.Module, str, nn.Parameter | None]] = []
         self._children: list[tuple[nn.Module, str, nn.Module]] = []
+        self._places: dict[int, list[tuple[nn.Module, str]]] = {}
+        for parent in model.modules():
+            for key, child in parent._modules.items():
+                self._places.setdefault(id(child), []).append((parent, key))
 
     def undo(self) -> None:
         """Put the original parameter and module objects back."""
@@ -88,42 +52,82 @@ class Applied:
             parent._modules[key] = child
         for module, key, parameter in reversed(self._parameters):
             module._parameters[key] = parameter
+        self._children, self._parameters = [], []
 
-    def add(self, model: nn.Module, edit: Edit, folded: Folded) -> None:
-        """Fold one pair of `model`, whose modules are found by their names."""
-        producer = model.get_submodule(edit.pair.partner)
-        bn = model.get_submodule(edit.pair.name)
-        self._set(producer, "weight", folded.weight)
-        self._set(producer, "bias", folded.bias)
-        put = successor(bn)
-        for parent in model.modules():
-            for key, child in parent._modules.items():
-                if child is bn:
-                    self._children.append((parent, key, child))
-                    parent._modules[key] = put
+    def add(self, there: nn.Module, site: Site, tail: nn.Module | None, exact: bool) -> None:
+        """Edit one module as its site says."""
+        if site.role == LAYER:
+            assert site.exact is not None and site.layer is not None and site.stored is not None
+            folded = site.exact if exact else site.stored
+            if not is_layer(there):  # a batch norm that becomes a copy of a shared layer
+                put = copy.deepcopy(site.layer).train(there.training)
+                self.put(there, put)
+                there = put
+            self._set(there, "weight", folded.weight)
+            if folded.bias.dim():
+                self._set(there, "bias", folded.bias)
+        elif site.role == NORM:
+            assert site.affine is not None
+            folded = norm_parameters(site.module, site.affine)
+            like = _tensor(there.weight)
+            self._set(there, "weight", folded.weight.to(like.device, like.dtype))
+            self._set(there, "bias", folded.bias.to(like.device, like.dtype))
+        elif site.role == SHIFT:
+            assert site.shift is not None
+            like = _tensor(there.running_mean)
+            shift = site.shift.to(like.device, torch.float64 if exact else like.dtype)
+            self.put(there, ChannelShift(shift, tail, site.activation).train(there.training))
+        elif site.role == FUSED:
+            assert site.activation is not None
+            self.put(there, _with_activation(there, *site.activation))
+        elif site.role == ZERO:
+            self.put(there, Zero().train(there.training))
+        else:
+            self.put(there, (tail or nn.Identity()).train(there.training))
+
+    def put(self, there: nn.Module, new: nn.Module) -> None:
+        """Replace a module under all its names."""
+        for parent, key in self._places[id(there)]:
+            self._children.append((parent, key, there))
+            parent._modules[key] = new
 
     def _set(self, module: nn.Module, key: str, value: Tensor) -> None:
         old = module._parameters[key]
-        grad = _tensor(module.weight).requires_grad if old is None else old.requires_grad
-        new = nn.Parameter(value, requires_grad=grad)
+        weight = _tensor(module.weight)
+        grad = weight.requires_grad if old is None else old.requires_grad
+        new = nn.Parameter(value.to(weight.device), requires_grad=grad)
         if old is not None:
             new.__dict__.update(old.__dict__)  # marks that other libraries leave on parameters
         self._parameters.append((module, key, old))
         module._parameters[key] = new
 
 
-def apply(model: nn.Module, edits: Sequence[Edit], *, exact: bool = False) -> Applied:
-    """Fold all pairs; either all of them or, when one raises, none.
+def apply(
+    model: nn.Module,
+    sites: Mapping[nn.Module, Site],
+    names: Names,
+    tails: Tails | None = None,
+    *,
+    exact: bool = False,
+) -> Applied:
+    """Make all edits; either all of them or, when one raises, none.
 
     Args:
-        model: the model the pairs were found in, or a copy of it.
-        edits: the edits.
+        model: the model the sites were made for, or a copy of it.
+        sites: what each module becomes.
+        names: of the modules of the original model.
+        tails: what stays of a batch norm that did more than normalize.
         exact: store the float64 parameters (for verification) instead of the rounded ones.
     """
-    applied = Applied()
+    applied = Applied(model)
+    found = [
+        (model.get_submodule(names[module]), site, (tails or {}).get(module))
+        for module, site in sites.items()
+        if site.changed
+    ]
     try:
-        for edit in edits:
-            applied.add(model, edit, edit.exact if exact else edit.stored)
+        for there, site, tail in found:
+            applied.add(there, site, copy.deepcopy(tail), exact)
     except BaseException:
         applied.undo()
         raise
@@ -134,3 +138,6 @@ def _tensor(value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"expected a tensor, got {type(value).__name__}")
     return value
+
+
+__all__ = ["Applied", "Folded", "apply", "tail_of"]

@@ -92,3 +92,14 @@ def quiet_run(seed: int = 0) -> Iterator[None]:
     ):
         torch.manual_seed(seed)
         yield
+
+
+def with_schema(func: Any, args: Any, kwargs: Any) -> list[tuple[Any, Any]]:
+    """The arguments of an operation, each with its entry in the schema."""
+    found = []
+    for place, argument in enumerate(func._schema.arguments):
+        if place < len(args) and not argument.kwarg_only:
+            found.append((argument, args[place]))
+        elif argument.name in kwargs:
+            found.append((argument, kwargs[argument.name]))
+    return found

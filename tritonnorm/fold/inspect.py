@@ -26,6 +26,29 @@ FOLDABLE: tuple[type[nn.Module], ...] = (
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+def layer_class(module: nn.Module) -> type[nn.Module] | None:
+    """The class of `PRODUCERS` whose forward the module runs, also when it is of a subclass."""
+    for base in PRODUCERS:
+        if isinstance(module, base):
+            own = type(module)
+            same = own.forward is base.forward and getattr(own, "_conv_forward", None) is getattr(
+                base, "_conv_forward", None
+            )
+            return base if same else None
+    return None
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether the module is a convolution or linear layer that computes what torch's does."""
+    return layer_class(module) is not None
+
+
+def is_plain_norm(module: nn.Module) -> bool:
+    """Whether the module is a batch norm that computes what torch's or ours does."""
+    own = type(module).forward
+    return any(isinstance(module, base) and own is base.forward for base in FOLDABLE)
+
+
 @dataclass(frozen=True)
 class Names:
     """The modules of a model by identity: the first name, and whether there are others."""
@@ -110,20 +133,48 @@ def batch_norm_reason(bn: nn.Module) -> str | None:
     """Why a batch norm cannot be folded into anything, or None."""
     if isinstance(bn, torch.jit.ScriptModule) or parametrize.is_parametrized(bn):
         return _common_reason(bn, "batch norm")
-    if type(bn) not in FOLDABLE:
-        return f"{type(bn).__module__}.{type(bn).__qualname__} is not a class known to be plain"
-    if bn.training:
+    if bn.training and isinstance(bn, _BatchNorm):
         return "the batch norm is in training mode: call model.eval() first"
     if bn.running_mean is None or bn.running_var is None:
         return "the batch norm keeps no running statistics, so it uses those of the batch"
     return _common_reason(bn, "batch norm")
 
 
-def producer_reason(producer: nn.Module, bn: nn.Module) -> str | None:
-    """Why `bn` cannot be folded into the layer before it, or None."""
-    if type(producer) not in PRODUCERS:
+def hooked(module: nn.Module) -> bool:
+    """Whether the module has a hook, or a forward that was patched."""
+    patched = "forward" in module.__dict__ or module._compiled_call_impl is not None
+    return patched or any(getattr(module, name, None) for name in _HOOKS)
+
+
+def bake(model: nn.Module) -> int:
+    """Give the parametrised layers of a model plain weights; how many there were.
+
+    Not by `remove_parametrizations`: it edits the class, which a copy shares with its original.
+    """
+    layers = [m for m in model.modules() if parametrize.is_parametrized(m) and is_layer(m)]
+    for layer in layers:
+        values = {name: getattr(layer, name).detach().clone() for name in layer.parametrizations}  # type: ignore[union-attr]
+        layer.__class__ = parametrize.type_before_parametrizations(layer)
+        del layer._modules["parametrizations"]
+        for name, value in values.items():
+            layer.register_parameter(name, nn.Parameter(value))
+    return len(layers)
+
+
+def unknown_class(bn: nn.Module) -> str:
+    """The reason for leaving a class of which no run shows what it computes."""
+    path = f"{type(bn).__module__}.{type(bn).__qualname__}"
+    return f"{path} is not a class known to be plain; give example_inputs"
+
+
+def layer_reason(producer: nn.Module) -> str | None:
+    """Why the parameters of a layer must stay as they are, or None."""
+    kind = layer_class(producer)
+    if kind is None:
         return f"the batch norm follows {_article(type(producer).__name__)}"
-    what = "linear layer" if type(producer) is nn.Linear else "convolution"
+    what = "linear layer" if kind is nn.Linear else "convolution"
+    if parametrize.is_parametrized(producer):
+        return f"the {what} is parametrised: rules='all' makes its weight plain"
     if "weight" not in producer._parameters or "bias" not in producer._parameters:
         return f"the weight of the {what} is computed, not a parameter"
     if reason := _common_reason(producer, what):
@@ -135,10 +186,18 @@ def producer_reason(producer: nn.Module, bn: nn.Module) -> str | None:
         return f"the weight of the {what} is sparse or quantised"
     if isinstance(bias, Tensor) and bias.dtype != weight.dtype:
         return f"weight and bias of the {what} have different dtypes"
+    return None
+
+
+def producer_reason(producer: nn.Module, bn: nn.Module) -> str | None:
+    """Why `bn` cannot be folded into the layer before it, or None."""
+    if reason := layer_reason(producer):
+        return reason
+    what = "linear layer" if isinstance(producer, nn.Linear) else "convolution"
     channels = out_channels(producer)
     if channels != bn.num_features:
         return f"the {what} gives {channels} channels, the batch norm takes {bn.num_features}"
-    devices = {t.device for t in (weight, *bn.parameters(), *bn.buffers())}
+    devices = {t.device for t in (*producer.parameters(), *bn.parameters(), *bn.buffers())}
     if len(devices) > 1:
         return f"the {what} and the batch norm are on different devices"
     return None
@@ -146,19 +205,24 @@ def producer_reason(producer: nn.Module, bn: nn.Module) -> str | None:
 
 def out_channels(producer: nn.Module) -> int:
     """Number of output channels of a convolution or linear layer."""
-    return int(producer.out_features if type(producer) is nn.Linear else producer.out_channels)  # type: ignore[arg-type]
+    linear = isinstance(producer, nn.Linear)
+    return int(producer.out_features if linear else producer.out_channels)  # type: ignore[arg-type]
 
 
 def rule_name(producer: nn.Module) -> str:
     """The rule of a pair, such as "conv2d -> bn"; grouped convolutions are named as such."""
-    name = type(producer).__name__.lower().replace("convtranspose", "conv_transpose")
+    name = (
+        (layer_class(producer) or type(producer))
+        .__name__.lower()
+        .replace("convtranspose", "conv_transpose")
+    )
     grouped = getattr(producer, "groups", 1) != 1
     return f"{'grouped ' if grouped else ''}{name} -> bn"
 
 
 def never_trained(bn: nn.Module) -> bool:
     """Whether the running statistics still have the values a new batch norm starts with."""
-    steps = bn.num_batches_tracked
+    steps = getattr(bn, "num_batches_tracked", None)
     return bool(
         isinstance(steps, Tensor)
         and steps.item() == 0

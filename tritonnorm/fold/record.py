@@ -1,77 +1,57 @@
-"""Proof of data flow by recording real runs: which batch norm gets the output of which layer.
+"""Proof of data flow by recording real runs on the example inputs.
 
-While the model runs on the example inputs every operation is seen below autograd, so a use of a
-tensor cannot hide behind a view, an in-place call or a functional. A value that somebody keeps
-(returns, stores) is found by its memory still being held after the run.
+Every operation is seen below autograd, so a use of a tensor cannot hide behind a view, an in-place
+call or a functional. A value that somebody keeps (returns, stores) is found by its memory still
+being held after the run.
 """
 
 from __future__ import annotations
 
 import gc
 import threading
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_map
 
-from tritonnorm.fold.guard import StateGuard, quiet_run
+from tritonnorm.activation import resolve
+from tritonnorm.fold.graph import LAYER, NORM, OPERATION, Node, Run, Span, Value, leaves
+from tritonnorm.fold.guard import StateGuard, quiet_run, with_schema
 from tritonnorm.fold.inputs import Call, tensors_in
-from tritonnorm.fold.inspect import FOLDABLE, PRODUCERS, storage_key
+from tritonnorm.fold.inspect import OURS, is_layer, is_plain_norm, storage_key
+from tritonnorm.fold.memory import Memory, geometry_of
 
 # Ways by which Python code reads values without an operation.
 _ESCAPES = frozenset(
     {"numpy", "__array__", "tolist", "data_ptr", "untyped_storage", "storage", "__dlpack__"}
 )
+# Hooks of a module, and how many of them are the recorder's.
+_HOOKS = {
+    "_forward_hooks": 1,
+    "_forward_pre_hooks": 1,
+    "_backward_hooks": 0,
+    "_backward_pre_hooks": 0,
+}
+_SMALL = 65536  # elements of a constant that is kept for the algebra
 
 
-@dataclass
-class Output:
-    """One output of a layer, from its creation until its memory is freed."""
-
-    producer: nn.Module
-    memory: StorageWeakRef
-    shape: torch.Size
-    uses: list[str] = field(default_factory=list)
-    consumers: list[nn.Module] = field(default_factory=list)
-    alive: str = ""
-
-
-@dataclass
-class Flow:
-    """What the runs showed.
-
-    Attributes:
-        outputs: the outputs of each layer, by id of the layer.
-        inputs: for each batch norm, by id, the layer of each call, None where it is not known.
-        extra: ids of batch norms called with more than one tensor.
-        foreign: ids of modules whose tensors were read outside their own call, or that ran in
-            another thread; with the reason.
-    """
-
-    outputs: dict[int, list[Output]] = field(default_factory=dict)
-    inputs: dict[int, list[nn.Module | None]] = field(default_factory=dict)
-    extra: set[int] = field(default_factory=set)
-    foreign: dict[int, str] = field(default_factory=dict)
-
-
-def record(model: nn.Module, calls: list[Call]) -> Flow:
-    """Run the model once per call and return the data flow between layers and batch norms.
+def record(model: nn.Module, calls: list[Call]) -> list[Run]:
+    """Run the model once per call and return what was computed from what.
 
     The model's parameters, buffers and module attributes are as before afterwards.
 
     Raises:
         ValueError: the model raised on the inputs.
     """
-    flow = Flow()
+    runs = []
     for position, call in enumerate(calls):
-        recorder = _Recorder(model, flow)
+        recorder, fresh = _Recorder(model), call.map(torch.clone)
         try:
             with quiet_run(), recorder.hooks(), _Escapes(recorder), recorder:
-                result = call.run(model)
+                result = model(*fresh.args, **fresh.kwargs)
             recorder.finish(result)
         except Exception as error:
             raise ValueError(
@@ -80,47 +60,163 @@ def record(model: nn.Module, calls: list[Call]) -> Flow:
             ) from error
         finally:
             recorder.restore()
-    return flow
+        runs.append(recorder.run)
+    return runs
 
 
 class _Recorder(StateGuard):
-    def __init__(self, model: nn.Module, flow: Flow) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self.flow = flow
-        self.watched: dict[int, Output] = {}
-        self.stack: list[nn.Module] = []
+        self.run = Run()
+        self.model = model
+        self.memory: dict[int, Memory] = {}
+        self.stack: list[Span] = []
         self.thread = threading.get_ident()
-        self.modules = [m for m in model.modules() if type(m) in (*PRODUCERS, *FOLDABLE)]
         self.owners: dict[int, list[nn.Module]] = {}
-        for module in self.modules:
+        self.state: dict[int, Tensor] = {}
+        self.whole: dict[int, bool] = {}
+        for module in model.modules():
             for tensor in (*module._parameters.values(), *module._buffers.values()):
                 if isinstance(tensor, Tensor) and (key := storage_key(tensor)) is not None:
                     self.owners.setdefault(key, []).append(module)
+                    self.state[key] = tensor
 
-    def reads(self, func: Any, tensors: list[Tensor]) -> None:
-        for tensor in tensors:
-            key = storage_key(tensor)
-            if key is None:
+    # operations
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        inside = self._inside()
+        if inside is not None:
+            self._read_inside(inside, args, kwargs)
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        known = tree_map(self._leaf, (args, kwargs))  # before the operation changes anything
+        index = len(self.run.nodes)
+        self._foreign_reads(known)
+        written = [
+            given
+            for argument, given in with_schema(func, args, kwargs)
+            if argument.alias_info is not None and argument.alias_info.is_write
+        ]
+        if "batch_norm" in func.__name__:
+            written = []  # statistics written in training mode: state of the model, put back
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        node = Node(index, OPERATION, func._schema.name.partition("::")[2], None, func, *known)
+        if func._overloadname != "default":
+            node.what += f".{func._overloadname}"
+        node.inputs = list(leaves(known))
+        for value in node.inputs:
+            self._note(self.run.reads, value.memory, index)
+        for tensor in tensors_in(written):
+            self._overwrite(tensor, index)
+        made = list(tensors_in(result))
+        results, fresh = len(made), False
+        made += tensors_in(written)
+        for place, tensor in enumerate(made):
+            if storage_key(tensor) is None:
+                for value in node.inputs:
+                    value.seen.append(f"used by {node.what}, whose result cannot be followed")
                 continue
-            if output := self.watched.get(key):
-                self._use(output, func._schema.name.partition("::")[2])
-            for owner in self.owners.get(key, ()):
-                if not any(module is owner for module in self.stack):
-                    others = [m for m in self.owners[key] if any(m is s for s in self.stack)]
-                    if not others:  # reads by another owner of a tied tensor are its own
-                        self.flow.foreign[id(owner)] = "tensors are read outside its own call"
+            value, new = self._value(tensor, make=True)
+            fresh |= new
+            if new:
+                node.outputs.append(value)
+            elif place < results:  # known already; its place among the results stays
+                node.outputs.append(Value(tensor.shape, tensor.dtype, None))
+        if "lift_fresh" in node.what:  # a literal in the code of the model
+            for value in node.inputs:
+                value.constant = result.detach().clone()
+        if fresh or not made:  # an operation that gives its input back is no use of it
+            self.run.add(node)
+            self._constant(node, result)
+        return result
 
-    def _use(self, output: Output, what: str) -> None:
-        """Note a use, unless it is the one that the batch norm in progress was given it for."""
-        inside = self.stack[-1] if self.stack else None
-        if inside is None or not any(inside is consumer for consumer in output.consumers):
-            output.uses.append(what)
+    def _leaf(self, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        value, _ = self._value(leaf)
+        return value
 
-    def escape(self, what: str, values: Any) -> None:
-        for tensor in tensors_in(values):
+    def _value(self, tensor: Tensor, make: bool = False) -> tuple[Value, bool]:
+        """The value that a tensor shows now, and whether it is new."""
+        key = storage_key(tensor)
+        if key is None:
+            return Value(tensor.shape, tensor.dtype, None, seen=["without memory"]), True
+        memory = self.memory.get(key)
+        if memory is None:
+            memory = self.memory[key] = Memory(tensor)
+            memory.given = not make
+        geometry = geometry_of(tensor)
+        if geometry in memory.views:
+            return memory.views[geometry], False
+        value = Value(tensor.shape, tensor.dtype, key)
+        if not make and (memory.written or not memory.given):
+            # a view made before the memory was written in place: its content is a mixture
+            parts = list(dict.fromkeys((*memory.parts, *memory.views.values())))
+            index = len(self.run.nodes)
+            self.run.add(Node(index, OPERATION, "in-place write", inputs=parts, outputs=[value]))
+        elif not make and key in self.state and tensor.numel():
+            value.constant = tensor.detach()
+        memory.views[geometry] = value
+        return value, True
+
+    def _overwrite(self, tensor: Tensor, index: int) -> None:
+        key = storage_key(tensor)
+        if key is None or key not in self.memory:
+            return
+        memory = self.memory[key]
+        self._note(self.run.writes, key, index)
+        whole = tensor.numel() * tensor.element_size() == memory.size
+        memory.parts = [] if whole else [*memory.parts, *memory.views.values()]
+        memory.views, memory.written = {}, True
+
+    def _constant(self, node: Node, result: Any) -> None:
+        """Keep small results that depend on nothing but the model's state."""
+        random = torch.Tag.nondeterministic_seeded in node.function.tags
+        if not random and all(value.constant is not None for value in node.inputs):
+            for tensor in tensors_in(result):
+                for value in node.outputs:
+                    if value.memory == storage_key(tensor) and tensor.numel() <= _SMALL:
+                        value.constant = tensor.detach().clone()
+
+    def _foreign_reads(self, known: Any) -> None:
+        for value in leaves(known):
+            owners = self.owners.get(value.memory or 0, ())
+            if any(owner is span.module for owner in owners for span in self.stack):
+                continue
+            for owner in owners:
+                self.run.foreign[id(owner)] = "tensors are read outside its own call"
+
+    @staticmethod
+    def _note(table: dict[int, list[int]], key: int | None, index: int) -> None:
+        if key is not None:
+            table.setdefault(key, []).append(index)
+
+    # modules
+
+    def _whole(self, module: nn.Module) -> bool:
+        """Whether a call of this module is one node."""
+        if id(module) not in self.whole:
+            self.whole[id(module)] = is_layer(module) or is_plain_norm(module)
+        return self.whole[id(module)]
+
+    def _inside(self) -> Span | None:
+        """The call of a layer or plain batch norm in progress."""
+        return next((span for span in self.stack if self._whole(span.module)), None)
+
+    def _read_inside(self, span: Span, args: Any, kwargs: Any) -> None:
+        """Inside a layer only its input and its own tensors may be read."""
+        mine = {value.memory for value in span.inputs}
+        for tensor in tensors_in((args, kwargs)):
             key = storage_key(tensor)
-            if key is not None and (output := self.watched.get(key)):
-                self._use(output, what)
+            if key is None or key in mine:
+                continue
+            owners = self.owners.get(key, ())
+            if owners and not any(o is s.module for o in owners for s in self.stack):
+                for owner in owners:
+                    self.run.foreign[id(owner)] = "tensors are read outside its own call"
+            if key in self.memory and not self.memory[key].given:
+                for value in self.memory[key].views.values():
+                    value.seen.append(f"read inside {type(span.module).__name__}")
 
     class _Hooks:
         def __init__(self, recorder: _Recorder) -> None:
@@ -128,9 +224,10 @@ class _Recorder(StateGuard):
 
         def __enter__(self) -> None:
             r = self.recorder
+            plain = [m for m in r.model.modules() if not isinstance(m, torch.jit.ScriptModule)]
             self.handles = [
                 handle
-                for module in r.modules
+                for module in plain
                 for handle in (
                     module.register_forward_pre_hook(r._before, with_kwargs=True),
                     module.register_forward_hook(r._after),
@@ -146,47 +243,93 @@ class _Recorder(StateGuard):
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if threading.get_ident() != self.thread:
-            self.flow.foreign[id(module)] = "call runs in another thread"
+            self.run.foreign[id(module)] = "call runs in another thread"
             return
-        self.stack.append(module)
-        if type(module) not in FOLDABLE:
-            return
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if leaf is not None]
-        if len(given) != 1:
-            self.flow.extra.add(id(module))
-        output = None
-        if given and isinstance(given[0], Tensor) and (key := storage_key(given[0])) is not None:
-            output = self.watched.get(key)
-            if output is not None:
-                output.consumers.append(module)
-        self.flow.inputs.setdefault(id(module), []).append(output.producer if output else None)
+        given = [self._value(t)[0] for t in tensors_in((args, kwargs))]
+        span = Span(module, len(self.run.nodes), inputs=given)
+        if self._inside() is None and self._whole(module):
+            if not 1 <= len(given) <= 2:
+                self.run.foreign[id(module)] = "call has more than one input"
+            for value in given:
+                self._note(self.run.reads, value.memory, len(self.run.nodes))
+        self.stack.append(span)
 
     def _after(self, module: nn.Module, args: Any, result: Any) -> None:
         if threading.get_ident() != self.thread:
             return
-        self.stack.pop()
-        if type(module) in PRODUCERS and isinstance(result, Tensor):
-            key = storage_key(result)
-            if key is None:
-                self.flow.foreign[id(module)] = "output has no memory of its own"
-                return
-            with torch._C.DisableTorchFunction():
-                memory = StorageWeakRef(result.untyped_storage())
-            output = Output(module, memory, result.shape)
-            self.watched[key] = output
-            self.flow.outputs.setdefault(id(module), []).append(output)
+        span = self.stack.pop()
+        if self._inside() is None and self._whole(module):
+            self._close(span, result)
+        else:
+            span.outputs = [self._value(t, make=True)[0] for t in tensors_in(result)]
+        if any(len(getattr(module, name)) > count for name, count in _HOOKS.items()):
+            what = f"seen by a hook of {type(module).__name__}"
+            for value in (*span.inputs, *span.outputs):
+                value.seen.append(what)
+        span.last = len(self.run.nodes)
+        self.run.spans.setdefault(id(module), []).append(span)
+
+    def _close(self, span: Span, result: Any) -> None:
+        """Turn the call of a layer or batch norm into a node, and its activation into another."""
+        module, run = span.module, self.run
+        if not isinstance(result, Tensor) or storage_key(result) is None or not span.inputs:
+            run.foreign[id(module)] = "output has no memory of its own"
+            for value in span.inputs:
+                value.seen.append(f"used by {type(module).__name__}")
+            return
+        out, new = self._value(result, make=True)
+        if not new:
+            run.foreign[id(module)] = "output is its input"
+            return
+        span.outputs = [out]
+        kind = LAYER if is_layer(module) else NORM
+        tail: list[tuple[str, list[Value]]] = []
+        if isinstance(module, OURS):
+            if len(span.inputs) == 2:
+                tail.append(("add.Tensor", span.inputs[1:]))
+            name, numbers = module.activation, module.activation_args
+            activation, _ = resolve(name, numbers)  # type: ignore[arg-type]
+            if activation is not None:
+                tail.append((activation.name, []))
+        elif len(span.inputs) == 2:
+            run.foreign[id(module)] = "call has more than one input"
+        values = [Value(out.shape, out.dtype, None) for _ in tail] + [out]
+        kind_ = type(module).__name__
+        node = Node(len(run.nodes), kind, kind_, module, inputs=span.inputs[:1])
+        node.outputs = [values[0]]
+        run.add(node)
+        for place, (what, more) in enumerate(tail):
+            node = Node(len(run.nodes), OPERATION, what, inputs=[values[place], *more])
+            node.outputs = [values[place + 1]]
+            run.add(node)
+
+    # the end
+
+    def escape(self, what: str, values: Any) -> None:
+        inside = self._inside()
+        for tensor in tensors_in(values):
+            key = storage_key(tensor)
+            if inside is None and key in self.memory:
+                self._value(tensor)[0].seen.append(f"also used by {what}")
 
     def finish(self, result: Any) -> None:
-        """After the run: which outputs does somebody still hold?"""
+        """After the run: which values does somebody still hold?"""
         returned = {storage_key(tensor) for tensor in tensors_in(result)}
         del result
-        if any(not output.memory.expired() for output in self.watched.values()):
+        made = (m for key, m in self.memory.items() if not m.given and key not in returned)
+        if any(not memory.alive.expired() for memory in made):
             gc.collect()
-        for key, output in self.watched.items():
-            if key in returned:
-                output.alive = "returned by the model"
-            elif not output.memory.expired():
-                output.alive = "kept after the run"
+        for key, memory in self.memory.items():
+            if memory.given:
+                self.run.kept.add(key)
+                continue
+            why = "returned by the model" if key in returned else ""
+            if not why and not memory.alive.expired():
+                why = "kept after the run"
+            if why:
+                self.run.kept.add(key)
+                for value in (*memory.views.values(), *memory.parts):
+                    value.seen.append(why)
 
 
 class _Escapes(TorchFunctionMode):
@@ -196,7 +339,9 @@ class _Escapes(TorchFunctionMode):
         super().__init__()
         self.recorder = recorder
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         name = getattr(func, "__name__", "")
         if name == "__get__":  # properties: a slot wrapper bound to its descriptor
             name = getattr(getattr(func, "__self__", None), "__name__", "")

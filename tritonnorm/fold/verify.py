@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,11 +17,17 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tritonnorm.fold.algebra import Folded
-from tritonnorm.fold.edit import Edit, apply
+from tritonnorm.fold.edit import apply
 from tritonnorm.fold.guard import StateGuard, quiet_run
 from tritonnorm.fold.inputs import Call, tensors_in
+from tritonnorm.fold.job import Job
+from tritonnorm.fold.plan import Outcome
+from tritonnorm.fold.sites import Site, affine_of
+from tritonnorm.report import Report
 
 TOLERANCE = 1e-9  # relative, float64; the largest seen over 130 correct models is about 1e-11
+MOST = 8  # folds that are looked for one by one before all are given up
+SAMPLE = 4096  # elements of each output of a batch norm that are compared
 _LOW = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -40,17 +46,17 @@ class PairCheck:
     problem: str = ""
 
 
-def check_pair(edit: Edit) -> PairCheck:
+def check_pair(layer: nn.Module, bn: nn.Module, site: Site) -> PairCheck:
     """Run layer and batch norm in float64 on random data, unfolded and folded, and compare.
 
     The rounded parameters may differ by half a unit in the last place each, so their output is
     held against that bound, element by element.
     """
-    pair = edit.pair
+    assert site.exact is not None and site.stored is not None and site.affine is None
+    exact, stored_ = (_on(folded, layer) for folded in (site.exact, site.stored))
     with quiet_run():
-        layer = _double(pair.producer)
-        bn = copy.deepcopy(pair.bn).double()
-        x = torch.randn(_input_shape(layer), dtype=torch.float64, device=edit.exact.weight.device)
+        layer, bn = _double(layer), _double(bn)
+        x = torch.randn(_input_shape(layer), dtype=torch.float64, device=exact.weight.device)
         raw = layer(x)
         expected = nn.functional.batch_norm(
             raw,
@@ -60,12 +66,13 @@ def check_pair(edit: Edit) -> PairCheck:
             bn.bias,  # type: ignore[arg-type]
             eps=bn.eps,  # type: ignore[arg-type]
         )
-        folded = _with(layer, edit.exact)(x)
-        stored = _with(layer, edit.stored)(x)
-        magnitude = Folded(edit.exact.weight.abs(), edit.exact.bias.abs())
-        bound = _with(layer, magnitude)(x.abs()) * torch.finfo(edit.stored.weight.dtype).eps
+        folded = _with(layer, exact)(x)
+        stored = _with(layer, stored_)(x)
+        magnitude = Folded(exact.weight.abs(), exact.bias.abs())
+        bound = _with(layer, magnitude)(x.abs()) * torch.finfo(stored_.weight.dtype).eps
         # Where conv bias and mean cancel, the unfolded pair is the less accurate one.
-        size = torch.maximum(expected.abs().amax(), edit.scale * raw.abs().amax())
+        scale = affine_of(bn).scale.abs().amax().to(raw.device)
+        size = torch.maximum(expected.abs().amax(), scale * raw.abs().amax())
     check = PairCheck(_relative(expected, folded, size), _relative(expected, stored, size))
     if not check.exact <= TOLERANCE:
         return PairCheck(
@@ -78,8 +85,13 @@ def check_pair(edit: Edit) -> PairCheck:
     return check
 
 
-def _double(layer: nn.Module) -> nn.Module:
-    return copy.deepcopy(layer).double()
+def _double(module: nn.Module) -> nn.Module:
+    return copy.deepcopy(module).double()
+
+
+def _on(folded: Folded, layer: nn.Module) -> Folded:
+    device = next(layer.parameters()).device
+    return Folded(folded.weight.to(device), folded.bias.to(device))
 
 
 def _with(layer: nn.Module, folded: Folded) -> nn.Module:
@@ -91,7 +103,7 @@ def _with(layer: nn.Module, folded: Folded) -> nn.Module:
 
 def _input_shape(layer: Any) -> tuple[int, ...]:
     """A small batch on which every element of the kernel meets data."""
-    if type(layer) is nn.Linear:
+    if isinstance(layer, nn.Linear):
         return (3, layer.in_features)
     sizes = [
         dilation * (kernel - 1) + stride + 2
@@ -120,74 +132,146 @@ def _relative(expected: Tensor, got: Tensor, size: Tensor | None = None) -> floa
     return float("inf") if ratio != ratio else ratio
 
 
-@dataclass
 class ModelCheck:
-    """The whole-model check.
+    """A float64 copy of the model, and what it gives on the example inputs.
 
     Attributes:
-        error: largest relative error of any output on any input; None when it could not be run.
-        bad: for the name of each batch norm that was rolled back, what its fold did.
-        note: one sentence for the report.
+        problem: why there is none; empty otherwise.
+        errors: of the last comparison, at the output of each batch norm and of what took its place.
     """
 
-    error: float | None = None
-    bad: dict[str, str] = field(default_factory=dict)
-    note: str = ""
+    def __init__(self, job: Job, calls: Sequence[Call]) -> None:
+        self.problem = ""
+        self.calls = len(calls)
+        self.errors: dict[str, float] = {}
+        try:
+            self.double = copy.deepcopy(job.model).double()
+            self.inputs = [call.double() for call in calls]
+            with _samples(self.double, job.found) as self.samples:
+                self.expected = [_outputs(self.double, call) for call in self.inputs]
+        except Exception as error:
+            text = str(error).strip().splitlines()[0] if str(error) else ""
+            self.problem = f"no float64 run is possible ({type(error).__name__}: {text})"
+            return
+        if not any(self.expected):
+            self.problem = "the model returns no real tensor"
+
+    def __call__(self, job: Job, outcome: Outcome) -> tuple[float, str]:
+        """Largest relative error of any output with these plans, and what is wrong, if anything."""
+        try:
+            applied = apply(self.double, outcome.sites, job.names, job.tails, exact=True)
+        except Exception as error:
+            return float("inf"), f"the edit raised {type(error).__name__}: {error}"
+        try:
+            with _samples(self.double, outcome.plans) as samples:
+                got = [_outputs(self.double, call) for call in self.inputs]
+            errors = [
+                _relative(a, b)
+                for before, after in zip(self.expected, got, strict=True)
+                for a, b in zip(before, after, strict=True)
+            ]
+            self.errors = {
+                name: max(map(_relative, self.samples[name], parts))
+                for name, parts in samples.items()
+                if len(self.samples.get(name, ())) == len(parts)
+            }
+        except Exception as error:
+            return float("inf"), f"the folded model raised {type(error).__name__}: {error}"
+        finally:
+            applied.undo()
+        worst = max(errors, default=0.0)
+        problem = "" if worst <= TOLERANCE else f"relative error {worst:.2g} in the model's output"
+        return worst, problem
 
 
-def check_model(model: nn.Module, edits: Sequence[Edit], calls: Sequence[Call]) -> ModelCheck:
-    """Compare a float64 copy of the model, unfolded and folded, on the example inputs.
+def search(job: Job, report: Report, verify: bool) -> None:
+    """Plan, check, and drop what fails, until all that is left is right.
 
-    When they differ, every pair is tried alone, so that the bad ones can be named and left out.
+    Each pair of a layer and the batch norm behind it is checked on random data, then the whole
+    model on the example inputs. When that fails, the first fold that makes it fail is found by
+    bisection, dropped and named.
     """
-    try:
-        double = copy.deepcopy(model).double()
-        inputs = [call.double() for call in calls]
-        expected = [_outputs(double, call) for call in inputs]
-    except Exception as error:
-        why = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-        return ModelCheck(note=f"whole-model check not run: no float64 run is possible ({why})")
-    if not any(expected):
-        return ModelCheck(note="whole-model check not run: the model returns no real tensor")
-
-    def attempt(some: Sequence[Edit]) -> tuple[float, str]:
-        return _attempt(double, some, inputs, expected)
-
-    worst, problem = attempt(edits)
-    bad: dict[str, str] = {}
+    job.outcome = job.plan()
+    if not verify:
+        return
+    while failed := _pairs(job):
+        job.dropped |= failed
+        job.outcome = job.plan()
+    if not job.calls or not job.outcome.made:
+        return
+    check = ModelCheck(job, job.calls)
+    if check.problem:
+        report.notes.append(f"whole-model check not run: {check.problem}")
+        return
+    worst, problem = check(job, job.outcome)
+    for _ in range(MOST):
+        if not problem:
+            break
+        name, why = _culprit(job, check)
+        job.dropped[name] = f"rolled back: {why}"
+        job.outcome = job.plan()
+        worst, problem = check(job, job.outcome)
     if problem:
-        bad = {e.pair.name: why for e in edits if (why := attempt([e])[1])}
-        rest = [edit for edit in edits if edit.pair.name not in bad]
-        worst, problem = attempt(rest)
-        if problem:  # wrong only together: no single pair can be named, so none is folded
-            bad |= {edit.pair.name: f"with the other folds, {problem}" for edit in rest}
-            worst = 0.0
-    count = f"{len(calls)} example input{'' if len(calls) == 1 else 's'}"
-    note = f"whole model in float64 on {count}: largest relative error {worst:.2g}"
-    return ModelCheck(worst, bad, note)
+        for name in job.outcome.made:
+            job.dropped[name] = f"rolled back: with the other folds, {problem}"
+        job.outcome, worst = job.plan(), 0.0
+    report.error = worst
+    # Where a later fold goes through an identity its output is another, and means nothing.
+    fine = {name: error for name, error in check.errors.items() if error <= TOLERANCE}
+    job.errors = fine | job.errors
+    count = f"{check.calls} example input{'' if check.calls == 1 else 's'}"
+    report.notes.append(f"whole model in float64 on {count}: largest relative error {worst:.2g}")
 
 
-def _attempt(
-    double: nn.Module,
-    edits: Sequence[Edit],
-    inputs: Sequence[Call],
-    expected: Sequence[list[Tensor]],
-) -> tuple[float, str]:
-    """Largest relative error with these edits made, and what is wrong, if anything."""
-    applied = apply(double, edits, exact=True)
+def _pairs(job: Job) -> dict[str, str]:
+    failed = {}
+    for plan, layer, bn in job.pairs():
+        site = job.outcome.sites[layer]
+        if site.exact is None or site.stored is None:
+            continue
+        check = check_pair(layer, bn, site)
+        job.errors[plan.name] = check.stored
+        if check.problem:
+            failed[plan.name] = check.problem
+    return failed
+
+
+def _culprit(job: Job, check: ModelCheck) -> tuple[str, str]:
+    """The first fold with which the model is wrong, while it is right with those before it."""
+    names = job.outcome.made
+    right, wrong = 0, len(names)
+    why = check(job, job.plan(names))[1] or "it is wrong together with others"
+    while wrong - right > 1:
+        middle = (right + wrong) // 2
+        problem = check(job, job.plan(names[:middle]))[1]
+        if problem:
+            wrong, why = middle, problem
+        else:
+            right = middle
+    return names[wrong - 1], why
+
+
+@contextlib.contextmanager
+def _samples(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, list[Tensor]]]:
+    """Some elements of each output of the modules with these names, while a model runs."""
+    found: dict[str, list[Tensor]] = {}
+
+    def keep(name: str, out: Any) -> None:
+        if isinstance(out, Tensor) and out.numel():
+            step = max(1, out.numel() // SAMPLE)
+            found.setdefault(name, []).append(out.detach().flatten()[::step].clone())
+
+    handles = [
+        model.get_submodule("" if name == "(root)" else name).register_forward_hook(
+            lambda m, args, out, name=name: keep(name, out)
+        )
+        for name in names
+    ]
     try:
-        errors = [
-            _relative(a, b)
-            for call, before in zip(inputs, expected, strict=True)
-            for a, b in zip(before, _outputs(double, call), strict=True)
-        ]
-    except Exception as error:
-        return float("inf"), f"the folded model raised {type(error).__name__}: {error}"
+        yield found
     finally:
-        applied.undo()
-    worst = max(errors, default=0.0)
-    problem = "" if worst <= TOLERANCE else f"relative error {worst:.2g} in the model's output"
-    return worst, problem
+        for handle in handles:
+            handle.remove()
 
 
 def _outputs(model: nn.Module, call: Call) -> list[Tensor]:
