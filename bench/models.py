@@ -1,4 +1,4 @@
-"""Real models for the demo and the benchmarks: from transformers, with random weights."""
+"""Real models for the demo and the benchmarks, with random weights; most are of transformers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MODELS", "Classifier", "batch_norms", "build", "reorder", "settle"]
+from bench.densenet import DenseNet
+
+__all__ = ["DENSENET", "MODELS", "Classifier", "batch_norms", "build", "reorder", "settle"]
 
 #: Name -> the family in transformers, and what its configuration is made of. "tiny" is for tests.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -50,6 +52,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+DENSENET = "densenet-121"  # of `bench.densenet`
+
+
 class Classifier(nn.Module):
     """An image classifier of transformers as it is, from plain tensors to plain tensors."""
 
@@ -67,16 +72,19 @@ class Classifier(nn.Module):
         return logits
 
 
-def build(name: str, seed: int = 0) -> Classifier:
+def build(name: str, seed: int = 0) -> nn.Module:
     """A new model with random weights that depend on the seed alone.
 
     Raises:
         ValueError: no such model.
         RuntimeError: transformers is missing or does not import; the message says what to install.
     """
-    if name not in MODELS:
-        raise ValueError(f"model: expected one of {', '.join(MODELS)}; got {name!r}")
+    known = [*MODELS, DENSENET]
+    if name not in known:
+        raise ValueError(f"model: expected one of {', '.join(known)}; got {name!r}")
     torch.manual_seed(seed)
+    if name == DENSENET:
+        return DenseNet()
     try:
         return Classifier(name)
     except ImportError as error:

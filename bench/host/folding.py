@@ -11,7 +11,7 @@ from tritonnorm.timing import Clock
 
 __all__ = ["MODELS", "QUICK", "VARIANTS", "run"]
 
-MODELS = ("resnet-50", "mobilenet-v2", "efficientnet-b0")
+MODELS = ("resnet-50", "mobilenet-v2", "densenet-121")
 QUICK = ("mobilenet-v2",)  # the one that is checked fastest: eight seconds in all
 VARIANTS = ("eager", "folded", "torch.fx")
 

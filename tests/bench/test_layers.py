@@ -146,3 +146,20 @@ def test_layers_are_distinct_and_have_twins(name: str) -> None:
         small = twin(shape)
         assert len(small) == len(shape) and small[1] % 16 == layer.channels % 16
         assert torch.Size(small).numel() <= 3 * 31 * 28**3
+
+
+def test_the_densenet_that_is_folded_is_densenet121() -> None:
+    """7,978,856 parameters with 1000 labels (Huang et al. 2017; torchvision's figure)."""
+    from bench.densenet import DenseNet
+
+    net = DenseNet(labels=1000)
+    assert sum(p.numel() for p in net.parameters()) == 7_978_856
+    seen: list[tuple[int, tuple[int, ...]]] = []
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.register_forward_hook(
+                lambda m, given, out: seen.append((out.shape[1], tuple(out.shape[2:])))
+            )
+    with torch.device("meta"):
+        net.to("meta").eval()(torch.empty(1, 3, 224, 224))
+    assert seen == [(layer.channels, layer.plane) for layer in densenet121()]
