@@ -1,6 +1,6 @@
 """Tests that need another kind of process than the interpreter's run in a child pytest from here.
 
-tests/compiled compiles kernels (no GPU needed); tests/gpu runs them. Both need Triton's compiler,
+tests/compiled and bench/regression compile kernels (no GPU needed); tests/gpu runs them. All need Triton's compiler,
 and a process in which the interpreter was chosen cannot go back to it.
 """
 
@@ -56,3 +56,12 @@ def test_gpu(tmp_path: Path) -> None:
         "tests/gpu", tmp_path / "report.xml"
     )  # one process: it fills the memory
     assert ran > 0, output
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_TRITON, reason="needs triton, to compile with")
+def test_regression(tmp_path: Path) -> None:
+    """The suites of pytest-benchmark run; their times are for who compares them."""
+    options = ("-p", "no:xdist", "--benchmark-disable")
+    output, ran = run_folder("bench/regression", tmp_path / "report.xml", *options)
+    assert ran >= 8, output
