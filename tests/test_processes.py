@@ -1,7 +1,7 @@
 """Tests that need another kind of process than the interpreter's run in a child pytest from here.
 
-tests/compiled and bench/regression compile kernels (no GPU needed); tests/gpu runs them. All need Triton's compiler,
-and a process in which the interpreter was chosen cannot go back to it.
+tests/compiled and bench/regression compile kernels (no GPU needed); tests/gpu runs them. All need
+Triton's compiler, and a process in which the interpreter was chosen cannot go back to it.
 """
 
 from __future__ import annotations
