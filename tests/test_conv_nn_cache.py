@@ -1,4 +1,4 @@
-"""The folded weight of the modules of `conv_nn`: when it is made again, and that no copy holds it."""
+"""The folded weight of the modules of `conv_nn`: when it is made again, and no copy of it."""
 
 from __future__ import annotations
 

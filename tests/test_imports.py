@@ -64,11 +64,13 @@ ROOMS = (
     Room("nn", ours=(*LEAVES, "functional")),
     Room("joined", ours=(*LEAVES, "nn")),
     Room("conv_nn", ours=("joined", "nn")),
+    Room("frozen", ours=(*LEAVES, "nn")),
+    Room("freeze", ours=(*LEAVES, "frozen", "joined", "fold.pairing")),
     Room("replace", ours=ABOVE),
     Room("fold", ours=(*ABOVE, "fold.*")),
     Room("fold.*", ours=(*ABOVE, "fold", "fold.*")),
     Room("cli", ours=("*",), theirs=("torch", "rich", "pandas")),
-    Room("", ours=(*ABOVE, "replace", "fold", "fold.*")),
+    Room("", ours=(*ABOVE, "replace", "freeze", "fold", "fold.*")),
 )
 
 

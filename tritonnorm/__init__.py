@@ -14,6 +14,8 @@ from .conv_nn import ConvTransposeBatchNorm2d as ConvTransposeBatchNorm2d
 from .conv_nn import ConvTransposeBatchNorm3d as ConvTransposeBatchNorm3d
 from .conv_nn import LinearBatchNorm1d as LinearBatchNorm1d
 from .fold import fold as fold
+from .freeze import freeze as freeze
+from .freeze import unfreeze as unfreeze
 from .nn import BatchNorm1d as BatchNorm1d
 from .nn import BatchNorm2d as BatchNorm2d
 from .nn import BatchNorm3d as BatchNorm3d

@@ -147,6 +147,14 @@ def run(layer: Any, input: Tensor, folded: Folded, output_size: list[int] | None
     )
 
 
+def check_residual(residual: Tensor, y: Tensor) -> None:
+    """Raise ValueError if a residual does not have the shape and dtype of the output ``y``."""
+    if residual.shape != y.shape:
+        raise ValueError(f"residual: expected the shape {tuple(y.shape)}, got {residual.shape}")
+    if residual.dtype != y.dtype:
+        raise ValueError(f"residual: expected the dtype {y.dtype}, got {residual.dtype}")
+
+
 def dimensions(layer: Any) -> int:
     """Dimensions of a batched input on which a batch norm acts on the layer's channels."""
     return 2 if isinstance(layer, nn.Linear) else int(layer.weight.dim())

@@ -108,6 +108,15 @@ class Joined(nn.Module):
         joined.training = bn.training
         return joined
 
+    @property
+    def layer(self) -> Any:
+        """The layer, whatever its name."""
+        return self._modules[self._key]
+
+    def is_plain(self) -> bool:
+        """Whether both modules are what they were built as, without hooks, with statistics."""
+        return _foldable(self.layer, self.bn, self._layer_class, self._norm_class)
+
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """``activation(bn(layer(input)) + residual)``.
 
@@ -118,10 +127,10 @@ class Joined(nn.Module):
         return self._compute(input, residual)
 
     def _compute(self, input: Tensor, residual: Tensor | None, *size: Any) -> Tensor:
-        layer, bn = self._modules[self._key], self.bn
+        layer, bn = self.layer, self.bn
         folded = self._fold(input, residual, layer, bn)
         if folded is None:
-            y = layer(input, *size)  # type: ignore[misc]
+            y = layer(input, *size)
             if isinstance(bn, ours._FusedBatchNorm):
                 return bn(y) if residual is None else bn(y, residual)
             return bn(
@@ -129,13 +138,13 @@ class Joined(nn.Module):
             )  # folded: only its activation is left
         y = folding.run(layer, input, folded, *size)
         if residual is not None:
-            _check_residual(residual, y)
+            folding.check_residual(residual, y)
             y = y + residual
         return activations.apply(*activations.resolve(bn.activation, bn.activation_args), y)
 
     def _fold(self, input: Tensor, residual: Tensor | None, layer: Any, bn: Any) -> Folded | None:
         """The weight and bias that need no batch norm after them, or None to run both modules."""
-        if bn.training or not _foldable(layer, bn, self._layer_class, self._norm_class):
+        if bn.training or not self.is_plain():
             return None
         if has_torch_function((input, residual)) or input.dim() != folding.dimensions(layer):
             return None
@@ -188,13 +197,6 @@ def _foldable(layer: Any, bn: Any, layer_class: Any, norm_class: Any) -> bool:
     return not any(
         "forward" in m.__dict__ or any(m.__dict__.get(name) for name in _HOOKS) for m in (layer, bn)
     )
-
-
-def _check_residual(residual: Tensor, y: Tensor) -> None:
-    if residual.shape != y.shape:
-        raise ValueError(f"residual: expected the shape {tuple(y.shape)}, got {residual.shape}")
-    if residual.dtype != y.dtype:
-        raise ValueError(f"residual: expected the dtype {y.dtype}, got {residual.dtype}")
 
 
 def _as_ours(kind: Any, bn: Any, options: dict[str, Any]) -> nn.Module:
