@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("tritonnorm", "bench")
-LEAVES = ("activation", "device", "problem", "reference", "report", "settings")
+LEAVES = ("activation", "device", "folding", "problem", "reference", "report", "settings")
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ KERNELS = ("kernels", "kernels.base")
 PURE_LEAVES = tuple(leaf for leaf in LEAVES if leaf not in ("report", "settings"))
 BELOW_OPS = (*LEAVES, *KERNELS, "plan", "recipe")
 BELOW_NN = (*BELOW_OPS, "ops", "autograd", "functional")
-ABOVE = (*BELOW_NN, "nn")
+ABOVE = (*BELOW_NN, "nn", "joined", "conv_nn")
 ROOMS = (
     Room("report", ours=(), theirs=("pandas",)),
     Room("reference", ours=("activation",)),
@@ -62,12 +62,16 @@ ROOMS = (
     Room("autograd", ours=(*LEAVES, "ops", "recipe")),
     Room("functional", ours=(*LEAVES, "autograd")),
     Room("nn", ours=(*LEAVES, "functional")),
+    Room("joined", ours=(*LEAVES, "nn")),
+    Room("conv_nn", ours=("joined", "nn")),
+    Room("frozen", ours=(*LEAVES, "nn")),
+    Room("freeze", ours=(*LEAVES, "frozen", "joined", "fold.pairing")),
     Room("replace", ours=ABOVE),
     Room("fold", ours=(*ABOVE, "fold.*")),
     Room("fold.*", ours=(*ABOVE, "fold", "fold.*")),
     Room("cli*", ours=("*", ""), theirs=("torch", "triton", "safetensors")),
     Room("__main__", ours=("cli.*",)),
-    Room("", ours=(*ABOVE, "replace", "fold", "fold.*")),
+    Room("", ours=(*ABOVE, "replace", "freeze", "fold", "fold.*")),
 )
 
 

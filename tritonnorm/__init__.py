@@ -6,8 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 from . import functional as functional
 from . import nn as nn
+from .conv_nn import ConvBatchNorm1d as ConvBatchNorm1d
+from .conv_nn import ConvBatchNorm2d as ConvBatchNorm2d
+from .conv_nn import ConvBatchNorm3d as ConvBatchNorm3d
+from .conv_nn import ConvTransposeBatchNorm1d as ConvTransposeBatchNorm1d
+from .conv_nn import ConvTransposeBatchNorm2d as ConvTransposeBatchNorm2d
+from .conv_nn import ConvTransposeBatchNorm3d as ConvTransposeBatchNorm3d
+from .conv_nn import LinearBatchNorm1d as LinearBatchNorm1d
 from .fold import fold as fold
 from .fold import fold_state_dict as fold_state_dict
+from .freeze import freeze as freeze
+from .freeze import unfreeze as unfreeze
 from .nn import BatchNorm1d as BatchNorm1d
 from .nn import BatchNorm2d as BatchNorm2d
 from .nn import BatchNorm3d as BatchNorm3d

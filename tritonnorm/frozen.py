@@ -1,0 +1,126 @@
+"""The classes that `freeze` gives to a layer and to its batch norm, and the fold of all of them.
+
+The layer runs with the folded weight and bias; the batch norm only adds the residual and applies
+its activation. A `Group` folds all layers of a model before each of its forwards. A layer that runs
+outside of that folds for itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import activation as activations
+from . import folding
+from . import nn as ours
+from .folding import Folded, Source
+
+
+class State:
+    """What a frozen layer knows: its batch norm, and the fold of the forward that is running."""
+
+    def __init__(self, bn: nn.Module) -> None:
+        self.bn = bn
+        self.folded: Folded | None = None
+        self.open = False  # while the forward of the whole model runs
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"bn": self.bn, "folded": None, "open": False}
+
+    def take(self) -> Folded | None:
+        """The fold that the whole model made, if this call belongs to that forward.
+
+        Also in backward, where a checkpoint runs the forward again. A reentrant one ran without
+        gradients first; its second run has a backward of its own, and so has to fold for itself.
+        """
+        folded = self.folded
+        again = torch._C._current_graph_task_id() != -1
+        if folded is None or not (self.open or again):
+            return None
+        if folded.weight.requires_grad and not torch.is_grad_enabled():
+            self.folded = None
+        return folded
+
+
+class FrozenLayer(nn.Module):
+    """Mixed in before the class of a layer; `_frozen` is its `State`."""
+
+    _frozen: State
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """What the layer and its batch norm compute; ``output_size`` as in the layer's class."""
+        expected = folding.dimensions(self)
+        if input.dim() != expected:
+            raise ValueError(f"input: expected {expected} dimensions, got {input.dim()}")
+        folded = None if torch.compiler.is_compiling() else self._frozen.take()
+        if folded is None:
+            (folded,) = folding.differentiable([Source.of(self, self._frozen.bn)])
+        return folding.run(self, input, folded, output_size)
+
+
+class FrozenNorm(nn.Module):
+    """Mixed in before the class of a batch norm: nothing is left of it but its activation."""
+
+    activation: str | None = None
+    activation_args: tuple[float, ...] = ()
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """``activation(input + residual)``."""
+        if residual is not None:
+            folding.check_residual(residual, input)
+            input = input + residual
+        found = activations.resolve(self.activation, self.activation_args)
+        return activations.apply(*found, input)
+
+
+class Group:
+    """Folds the layers of a model in one go; its two methods are hooks of the model."""
+
+    def __init__(self, layers: Sequence[FrozenLayer]) -> None:
+        self.layers = list(layers)
+
+    def before(self, module: nn.Module, args: Any) -> None:
+        """Fold all layers for the forward that begins."""
+        if torch.compiler.is_compiling():
+            return
+        states = [layer._frozen for layer in self.layers]
+        for state in states:
+            state.folded = None  # before the new ones are made: both need the memory
+        sources = [Source.of(layer, s.bn) for layer, s in zip(self.layers, states, strict=True)]
+        for state, folded in zip(states, folding.differentiable(sources), strict=True):
+            state.folded, state.open = folded, True
+
+    def after(self, module: nn.Module, args: Any, output: Any) -> None:
+        """The forward is over, also when it raised. Its backward may run parts of it again."""
+        if torch.compiler.is_compiling():
+            return
+        for layer in self.layers:
+            state = layer._frozen
+            state.open = False
+            if state.folded is not None and not state.folded.weight.requires_grad:
+                state.folded = None
+
+
+def _derived(mixin: type[nn.Module], plain: type[nn.Module], prefix: str) -> type[nn.Module]:
+    name = f"{prefix}{plain.__name__}"
+    found = type(name, (mixin, plain), {"__module__": __name__, "__doc__": mixin.__doc__})
+    globals()[name] = found  # where a pickle looks for it
+    return found
+
+
+_NORMS: tuple[type[nn.Module], ...] = (
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.SyncBatchNorm,
+)
+#: Plain class -> frozen class.
+LAYERS = {plain: _derived(FrozenLayer, plain, "Frozen") for plain in folding.LAYERS}
+NORMS = {plain: _derived(FrozenNorm, plain, "Frozen") for plain in _NORMS} | {
+    plain: _derived(FrozenNorm, plain, "FrozenFused")
+    for plain in (ours.BatchNorm1d, ours.BatchNorm2d, ours.BatchNorm3d)
+}
+PLAIN = {frozen: plain for plain, frozen in (LAYERS | NORMS).items()}
