@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tritonnorm
 from tests.blocks import close, randomize
-from tritonnorm import folding, frozen
+from tritonnorm import frozen
 
 
 class Net(nn.Module):
@@ -108,13 +108,13 @@ def test_trains_as_with_fixed_statistics(again: str) -> None:
 def test_one_fold_a_forward_and_none_outside() -> None:
     model, _ = tritonnorm.freeze(net(), sample())
     calls: list[int] = []
-    fold = folding.differentiable
+    fold = frozen.fold_all
 
     def counted(sources: Any) -> Any:
         calls.append(len(sources))
         return fold(sources)
 
-    with mock.patch.object(folding, "differentiable", counted):
+    with mock.patch.object(frozen, "fold_all", counted):
         model(sample()).sum().backward()
         assert calls == [4]
         y = model.first(sample())  # a part alone

@@ -65,8 +65,7 @@ class ConvBatchNorm1d(_ConvBatchNorm):
     submodule, and where the folded weight does not fit its dtype.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
-        padding_mode: as in `torch.nn.Conv1d`.
+        in_channels: and all up to ``padding_mode``, as in `torch.nn.Conv1d`.
         device: of all parameters and buffers.
         dtype: of all parameters and buffers.
         eps: added to the variance.

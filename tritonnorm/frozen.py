@@ -14,9 +14,57 @@ import torch
 from torch import Tensor, nn
 
 from . import activation as activations
-from . import folding
+from . import folding, functional
 from . import nn as ours
 from .folding import Folded, Source
+
+
+def fold_all(sources: Sequence[Source]) -> list[Folded]:
+    """Folds that gradients flow through: by one launch for all pairs of the same dtypes, and where
+    kernels cannot run, as PyTorch operations."""
+    kinds: dict[Any, list[int]] = {}
+    for i, source in enumerate(sources):
+        kinds.setdefault(_kind(source), []).append(i)
+    found: dict[int, Folded] = {}
+    for kind, indices in kinds.items():
+        some = [sources[i] for i in indices]
+        if kind is None:
+            folded = folding.differentiable(some)
+        else:
+            from . import fold_ops
+
+            folded = fold_ops.fold(some)
+        found.update(zip(indices, folded, strict=True))
+    return [found[i] for i in range(len(sources))]
+
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _kind(source: Source) -> tuple[Any, ...] | None:
+    """What pairs of one launch have in common, or None if the kernels cannot fold this one."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return None
+    if not source.plain or functional.surroundings(source.weight) is not None:
+        return None
+    if not functional.has_triton() or source.weight.device.type not in ("cuda", "cpu"):
+        return None
+    from .kernels.folding import layout
+
+    vectors = [t for t in source.tensors[1:] if t is not None]
+    if layout(source) is None or not all(t.is_contiguous() for t in vectors):
+        return None
+    weight, bias, mean, var, gamma, beta = source.tensors
+    assert weight is not None and mean is not None and var is not None
+    affine = {t.dtype for t in (gamma, beta) if t is not None} or {mean.dtype}
+    if (bias is not None and bias.dtype != weight.dtype) or var.dtype != mean.dtype:
+        return None
+    dtypes = (weight.dtype, *affine, mean.dtype)
+    if len(affine) > 1 or any(d not in _DTYPES for d in dtypes):
+        return None
+    if len({t.device for t in (weight, *vectors)}) > 1:
+        return None
+    return (weight.device, *dtypes)
 
 
 class State:
@@ -57,7 +105,7 @@ class FrozenLayer(nn.Module):
             raise ValueError(f"input: expected {expected} dimensions, got {input.dim()}")
         folded = None if torch.compiler.is_compiling() else self._frozen.take()
         if folded is None:
-            (folded,) = folding.differentiable([Source.of(self, self._frozen.bn)])
+            (folded,) = fold_all([Source.of(self, self._frozen.bn)])
         return folding.run(self, input, folded, output_size)
 
 
@@ -90,7 +138,7 @@ class Group:
         for state in states:
             state.folded = None  # before the new ones are made: both need the memory
         sources = [Source.of(layer, s.bn) for layer, s in zip(self.layers, states, strict=True)]
-        for state, folded in zip(states, folding.differentiable(sources), strict=True):
+        for state, folded in zip(states, fold_all(sources), strict=True):
             state.folded, state.open = folded, True
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:

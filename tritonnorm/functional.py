@@ -83,7 +83,7 @@ def batch_norm(
     if key is not None:
         key = (key, training, momentum is None, eps)
     accepted = None if key is None else _accepted.get(key)
-    if accepted is None or _overridden(tensors) or _surroundings(input):
+    if accepted is None or _overridden(tensors) or surroundings(input):
         act, act_args = activations.resolve(activation, activation_args)
         reason = _overridden(tensors)
         if reason is None:
@@ -91,7 +91,7 @@ def batch_norm(
                 input, running_mean, running_var, weight, bias, training, momentum, eps, residual,
                 num_batches_tracked,
             )  # fmt: skip
-            reason = _surroundings(input) or _unsupported(*tensors[:5])
+            reason = surroundings(input) or _unsupported(*tensors[:5])
         if reason is not None:
             _log_once(reason)
             return _by_torch(
@@ -206,7 +206,7 @@ def _overridden(tensors: tuple[Tensor | None, ...]) -> str | None:
     return None
 
 
-def _surroundings(input: Tensor) -> str | None:
+def surroundings(input: Tensor) -> str | None:
     """A reason around the call, which may change from one to the next, or None."""
     if settings.disabled():
         return "TRITONNORM_DISABLE is set"
@@ -229,7 +229,7 @@ def _unsupported(
     """Why the kernels cannot compute this kind of tensors, or None."""
     if input.device.type not in ("cuda", "cpu"):
         return f"input is on {input.device.type}"
-    if not _has_triton():
+    if not has_triton():
         return "triton is not installed"
     if input.dtype not in _FLOATS:
         return f"input is {input.dtype}"
@@ -253,7 +253,8 @@ def _unsupported(
     return None
 
 
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether triton can be imported; looked up once."""
     global _triton
     if _triton is None:
         import importlib.util

@@ -21,7 +21,7 @@ loads and polls that came with triton 3.9.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -215,8 +215,11 @@ class _Launch:
 
 
 @contextlib.contextmanager
-def trace() -> Iterator[Trace]:
+def trace(reachable: Mapping[str, Any] | None = None) -> Iterator[Trace]:
     """Record the traffic of every kernel launched inside the block.
+
+    Args:
+        reachable: further tensors by name, which kernels reach through addresses in a table.
 
     Raises:
         OutOfBoundsError: from the launch itself, naming kernel, program and the nearest argument.
@@ -233,6 +236,8 @@ def trace() -> Iterator[Trace]:
     def watching(call: Callable[..., Any]) -> Callable[..., Any]:
         def launch_watched(self: Any, *args: Any, **kwargs: Any) -> Any:
             launch = _Launch(self.fn.__name__, self.grid)
+            for name, tensor in (reachable or {}).items():
+                launch.add_argument(name, tensor)
             running.append(launch)
             try:
                 return call(self, *args, **kwargs)
