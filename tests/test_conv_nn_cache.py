@@ -102,7 +102,8 @@ def test_an_address_that_comes_back_is_another_tensor() -> None:
     """Swapping back and forth: new memory must not be taken for what lay at its address."""
     m, x = make(tritonnorm.ConvBatchNorm2d, 2), sample(2)
     for i in range(20):
-        m.conv.weight.data = torch.full_like(m.conv.weight, float(i))
+        m.conv.weight.data = torch.zeros_like(m.conv.weight)  # lets go of what is folded now
+        m.conv.weight.data = torch.full_like(m.conv.weight, float(i))  # may lie where that lay
         with torch.no_grad():
             close(folded(m, x), apart(m, x))
 
@@ -164,3 +165,24 @@ def test_inference_mode_and_then_gradients() -> None:
         other = make(tritonnorm.ConvBatchNorm2d, 2)
         close(other(sample(2)), y)
         assert other._folded is None
+    with torch.no_grad():
+        close(m(x), y)
+    assert m._folded is not None
+    with torch.inference_mode():  # from remembered to not memorable
+        m.load_state_dict({k: v.clone() for k, v in other.state_dict().items()}, assign=True)
+    assert m.conv.weight.is_inference()
+    with torch.inference_mode():
+        close(m(sample(2)), y)
+
+
+class Tagged(torch.Tensor):
+    """A subclass that shares the memory of a plain tensor."""
+
+
+def test_a_subclass_of_the_same_memory_is_not_taken_for_it() -> None:
+    m, x = make(tritonnorm.ConvBatchNorm2d, 2).requires_grad_(False), sample(2)
+    folded(m, x)
+    tagged = m.conv.weight.detach().as_subclass(Tagged)
+    del m.conv._parameters["weight"]
+    m.conv._parameters["weight"] = tagged
+    assert type(m(x)) is Tagged

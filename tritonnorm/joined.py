@@ -27,27 +27,27 @@ class _Cache:
     """
 
     def __init__(self, source: Source, folded: Folded | None) -> None:
-        self.aliases = [None if t is None else (t.detach(), t._version) for t in source.tensors]
-        self.constants = source[6:]
+        self.aliases = [None if t is None else t.detach() for t in source.tensors]
+        self.facts = [None if t is None else _facts(t) for t in source.tensors]
+        self.eps = source.eps
         self.folded = folded
 
-    def holds_for(self, source: Source) -> bool:
+    def holds_for(self, tensors: tuple[Tensor | None, ...], eps: float) -> bool:
         """Whether the sources are still the same memory, with as many writes to it."""
-        return self.constants == source[6:] and all(map(_same, self.aliases, source.tensors))
+        if eps != self.eps:
+            return False
+        for before, now in zip(self.facts, tensors, strict=True):
+            if before is None or now is None:
+                if before is not None or now is not None:
+                    return False
+            elif now.__class__ is not before[0] or before != _facts(now):
+                return False
+        return True
 
 
-def _same(before: tuple[Tensor, int] | None, now: Tensor | None) -> bool:
-    if before is None or now is None:
-        return before is None and now is None
-    alias, version = before
-    return (
-        now._version == version
-        and now.data_ptr() == alias.data_ptr()
-        and now.dtype == alias.dtype
-        and now.device == alias.device
-        and now.shape == alias.shape
-        and now.stride() == alias.stride()
-    )
+def _facts(t: Tensor) -> tuple[Any, ...]:
+    version = -1 if t.is_inference() else t._version
+    return t.__class__, version, t.data_ptr(), t.shape, t.stride(), t.dtype, t.device
 
 
 class Joined(nn.Module):
@@ -133,13 +133,14 @@ class Joined(nn.Module):
             y = layer(input, *size)
             if isinstance(bn, ours._FusedBatchNorm):
                 return bn(y) if residual is None else bn(y, residual)
-            return bn(
-                y if residual is None else y + residual
-            )  # folded: only its activation is left
+            # `fold` was here: only the activation is left.
+            return bn(y if residual is None else y + residual)
         y = folding.run(layer, input, folded, *size)
         if residual is not None:
             folding.check_residual(residual, y)
             y = y + residual
+        if bn.activation is None:
+            return y
         return activations.apply(*activations.resolve(bn.activation, bn.activation_args), y)
 
     def _fold(self, input: Tensor, residual: Tensor | None, layer: Any, bn: Any) -> Folded | None:
@@ -152,13 +153,22 @@ class Joined(nn.Module):
             return None  # the graph outlives the values of the parameters
         if torch._C._are_functorch_transforms_active():
             return None
-        source = Source.of(layer, bn)
-        if not source.plain or source.needs_grad:
+        p, q, buffers = layer._parameters, bn._parameters, bn._buffers
+        tensors = (
+            p["weight"], p["bias"], buffers["running_mean"], buffers["running_var"],
+            q["weight"], q["bias"],
+        )  # fmt: skip
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
             return None
-        if any(t is not None and t.is_inference() for t in source.tensors):
+        known = self._folded
+        if known is not None and known.holds_for(tensors, bn.eps):
+            return known.folded
+        source = Source.of(layer, bn)
+        if not source.plain:
+            return None
+        if any(t is not None and t.is_inference() for t in tensors):
             return _fold_once(source)  # without version counters nothing can be remembered
-        if self._folded is None or not self._folded.holds_for(source):
-            self._folded = _Cache(source, _fold_once(source))
+        self._folded = _Cache(source, _fold_once(source))
         return self._folded.folded
 
     def refresh(self) -> None:
@@ -192,11 +202,13 @@ def _foldable(layer: Any, bn: Any, layer_class: Any, norm_class: Any) -> bool:
     """Whether both modules are plain, so that not running them cannot be noticed."""
     if type(layer) is not layer_class or type(bn) is not norm_class:
         return False
-    if bn.running_mean is None:
+    if bn._buffers.get("running_mean") is None or "weight" not in layer._parameters:
         return False
-    return not any(
-        "forward" in m.__dict__ or any(m.__dict__.get(name) for name in _HOOKS) for m in (layer, bn)
-    )
+    for module in (layer, bn):
+        own = module.__dict__
+        if "forward" in own or any([own[name] for name in _HOOKS]):  # noqa: C419  a list is faster
+            return False
+    return True
 
 
 def _as_ours(kind: Any, bn: Any, options: dict[str, Any]) -> nn.Module:
