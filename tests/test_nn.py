@@ -251,6 +251,20 @@ def test_meta_device() -> None:
     assert real.num_batches_tracked.item() == 0 and torch.equal(real.weight, torch.ones(5))
 
 
+def test_a_trace_holds_nothing_of_the_checks() -> None:
+    class Functional(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return tritonnorm.functional.batch_norm(x, None, None, self.weight, training=True)
+
+    graph = torch.fx.symbolic_trace(Functional()).graph
+    kinds = [node.op for node in graph.nodes]
+    assert kinds == ["placeholder", "get_attr", "call_function", "output"]
+
+
 def test_fx_trace() -> None:
     """A traced graph holds PyTorch's own operations, and computes the same."""
 

@@ -79,13 +79,15 @@ def batch_norm(
             the type is PyTorch's own.
     """
     tensors = (input, running_mean, running_var, weight, bias, residual, num_batches_tracked)
-    key = None if torch.compiler.is_compiling() else _key(tensors, activation, activation_args)
-    if key is not None:
-        key = (key, training, momentum is None, eps)
+    overridden = _overridden(tensors)  # first: a tracer would record that it was looked at
+    key = None
+    if overridden is None and not torch.compiler.is_compiling():
+        options = (training, momentum is None, eps)
+        key = _key(tensors, activation, activation_args, options)
     accepted = None if key is None else _accepted.get(key)
-    if accepted is None or _overridden(tensors) or surroundings(input):
+    if accepted is None or surroundings(input):
         act, act_args = activations.resolve(activation, activation_args)
-        reason = _overridden(tensors)
+        reason = overridden
         if reason is None:
             _check(
                 input, running_mean, running_var, weight, bias, training, momentum, eps, residual,
@@ -110,7 +112,10 @@ def batch_norm(
 
 
 def _key(
-    tensors: tuple[Tensor | None, ...], activation: str | None, activation_args: Sequence[float]
+    tensors: tuple[Tensor | None, ...],
+    activation: str | None,
+    activation_args: Sequence[float],
+    options: tuple[Any, ...],
 ) -> tuple[Any, ...] | None:
     """What the checks look at, so that calls that are alike are checked once; None for a call with
     arguments that only a check may touch."""
@@ -124,7 +129,7 @@ def _key(
         None if t is None else (t.shape, t.dtype, t.device, t.layout, t.is_contiguous())
         for t in tensors
     ]
-    return (*kinds, activation, activation_args)
+    return (*kinds, activation, activation_args, *options)
 
 
 def _check(
