@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench.processes import one_line
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -103,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        print(f"python -m bench: error: {_one_line(error)}", file=sys.stderr)
+        print(f"python -m bench: error: {one_line(error)}", file=sys.stderr)
         if trace := getattr(error, "trace", ""):
             print(f"(in the child process:)\n{trace}", file=sys.stderr)
         return 2
@@ -236,10 +238,6 @@ def _host(console: Console, options: argparse.Namespace) -> int:
     from bench.commands.cpu import host
 
     return host(console, _files(options), options.quick)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol, cast
 from unittest import mock
 
-__all__ = ["Job", "Progress", "WorkFailed", "run_jobs", "silent"]
+__all__ = ["Job", "Progress", "WorkFailed", "one_line", "run_jobs", "silent"]
 
 
 class Progress(Protocol):
@@ -28,6 +28,12 @@ class Progress(Protocol):
 
 def silent(done: float, of: float, what: str = "") -> None:
     """A `Progress` that says nothing."""
+
+
+def one_line(error: BaseException, most: int | None = None) -> str:
+    """What an error says in one line, its type if nothing; ``most`` characters at most."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if most is None or len(text) <= most else text[: most - 3] + "..."
 
 
 class WorkFailed(RuntimeError):

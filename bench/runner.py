@@ -12,6 +12,7 @@ import torch
 from bench.call import Tensors
 from bench.check import check
 from bench.machine import Machine
+from bench.processes import one_line
 from bench.providers import Provider
 from bench.providers.base import Forward
 from bench.record.rows import NOISY, OpRow, SkippedRow
@@ -106,7 +107,7 @@ def measure(
             try:
                 found = provider.declines(case) or _ready(case, provider, sets, machine)
             except Exception as error:  # a peer may fail in any way; the others are measured
-                found = _one_line(error)
+                found = one_line(error, most=200)
             if isinstance(found, str):
                 skipped.append(SkippedRow(provider.name, str(case), found))
             else:
@@ -213,8 +214,3 @@ def _sets(case: Case, machine: Machine, options: Options) -> int:
 def _needed(case: Case, machine: Machine, options: Options) -> int:
     """Device memory of a case: inputs and outputs of all sets, saved tensors, the float64 check."""
     return 2 * _sets(case, machine, options) * case.footprint + 3 * case.footprint + (3 << 30)
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."

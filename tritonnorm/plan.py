@@ -1,9 +1,9 @@
 """Which algorithm computes a problem, in which configuration, and why.
 
-`choose` is pure: the same problem, device and tables give the same plan, without a GPU too. `plan`
-is its cached wrapper that the ops call. The order of authority: forced > tables (in the order
-given: the user's cache, the shipped table of this GPU, the nearest entry of its architecture) >
-formula. Nothing is timed.
+`choose` is pure: the same problem, device and tables give the same plan, without a GPU too. The
+operators keep what it answers (`recipe`); `plan` asks it with what is forced at the moment. The
+order of authority: forced > tables (in the order given: the user's cache, the shipped table of this
+GPU, the nearest entry of its architecture) > formula. Nothing is timed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Protocol
 
 from .device import Device
@@ -123,13 +122,8 @@ def forced() -> Forced | None:
 
 
 def plan(problem: Problem, device: Device) -> Plan:
-    """`choose`, remembered, with what is forced at the moment."""
-    return _remembered(problem, device, _forced)
-
-
-@lru_cache(maxsize=16384)
-def _remembered(problem: Problem, device: Device, forced: Forced | None) -> Plan:
-    return choose(problem, device, (), forced)
+    """`choose` with what is forced at the moment: what the operators take for the problem."""
+    return choose(problem, device, (), _forced)
 
 
 @dataclass(frozen=True)

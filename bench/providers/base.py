@@ -11,6 +11,7 @@ from types import ModuleType
 from torch import Tensor
 
 from bench.call import Tensors
+from bench.processes import one_line
 from bench.suites import Case
 
 __all__ = ["Forward", "Provider"]
@@ -59,7 +60,7 @@ def missing(module: str) -> str | None:
     try:
         importlib.import_module(module)
     except Exception as error:  # an extension built for another torch fails in many ways
-        return f"{module} does not import: {' '.join(str(error).split()) or type(error).__name__}"
+        return f"{module} does not import: {one_line(error)}"
     return None
 
 
