@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread a worker: they share the cores
+# A kept kernel names the source lines of the checkout that compiled it: a cache for each checkout.
+os.environ.setdefault(
+    "TRITON_CACHE_DIR", str(Path(__file__).resolve().parent.parent / ".pytest_cache" / "triton")
+)
 
 collect_ignore: list[str] = []
 
