@@ -79,6 +79,15 @@ def parser() -> argparse.ArgumentParser:
     e2e.add_argument("--budget", type=float, default=60.0, help="seconds of timing for each")
     _outputs(e2e)
 
+    folds = command(
+        *("folds", _folds, "folding the weights of whole models on a GPU, forward and backward")
+    )
+    folds.add_argument("--model", type=_list, metavar="A,B,...", help="default: three networks")
+    folds.add_argument("--dtype", type=_list, default=["fp32"], metavar="A,B,...")
+    folds.add_argument("--layout", type=_list, default=["NHWC"], metavar="A,B,...")
+    _how(folds)
+    _outputs(folds)
+
     audit = command(
         *("audit", _audit, "bytes moved and machine code of every algorithm; needs no GPU")
     )
@@ -126,6 +135,11 @@ def _selection(command: argparse.ArgumentParser, suite: str) -> None:
     add("--mode", help="forward, backward, forward+backward, inference")
     add("--batch", help="batch sizes; default: those of the suite")
     add("--providers", help="all, or of tritonnorm, eager, compile, compile-max, cudnn, ...")
+    _how(command)
+
+
+def _how(command: argparse.ArgumentParser) -> None:
+    """Options that say how it is measured."""
     command.add_argument("--warm", action="store_true", help="one buffer, as if just written")
     command.add_argument("--rounds", type=int, default=200, help="the most samples (default: 200)")
     command.add_argument(
@@ -154,20 +168,25 @@ def _files(options: argparse.Namespace) -> Outputs:
 def _request(options: argparse.Namespace) -> Any:
     from bench.commands.measure import Request
     from bench.providers import DEFAULT
+
+    how = _timing(options)
+    try:
+        batches = [int(size) for size in options.batch] if options.batch else None
+    except ValueError:
+        raise ValueError(f"--batch: expected numbers, got {','.join(options.batch)}") from None
+    return Request(
+        *(options.suite, options.ops, options.dtype, options.layout, options.mode, batches),
+        *(options.providers or DEFAULT, how, getattr(options, "limit", None)),
+    )
+
+
+def _timing(options: argparse.Namespace) -> Any:
     from bench.runner import Options
 
     for name in ("rounds", "seconds"):
         if getattr(options, name) <= 0:
             raise ValueError(f"--{name}: expected more than 0, got {getattr(options, name)}")
-    try:
-        batches = [int(size) for size in options.batch] if options.batch else None
-    except ValueError:
-        raise ValueError(f"--batch: expected numbers, got {','.join(options.batch)}") from None
-    how = Options(options.warm, options.rounds, options.seconds, options.seed)
-    return Request(
-        *(options.suite, options.ops, options.dtype, options.layout, options.mode, batches),
-        *(options.providers or DEFAULT, how, getattr(options, "limit", None)),
-    )
+    return Options(options.warm, options.rounds, options.seconds, options.seed)
 
 
 def _default(console: Console, options: argparse.Namespace) -> int:
@@ -224,6 +243,15 @@ def _e2e(console: Console, options: argparse.Namespace) -> int:
 
     o = options
     return e2e(console, o.model, o.batch, o.size, o.dtype, o.budget, _files(options))
+
+
+def _folds(console: Console, options: argparse.Namespace) -> int:
+    from bench.commands.models import folds
+    from bench.folds import MODELS
+
+    o = options
+    how, models = _timing(o), o.model or MODELS
+    return folds(console, models, o.dtype, o.layout, how, _files(o))
 
 
 def _audit(console: Console, options: argparse.Namespace) -> int:

@@ -236,7 +236,7 @@ def test_bytes_are_those_of_the_model(dtype: torch.dtype) -> None:
             "fold_gradient_kernel" if backward else "fold_kernel"
         ]
         moved = {k: v for k, v in seen.launches[0].arguments.items() if k not in TABLES}
-        assert sum(a + b for a, b, _ in moved.values()) == kernels.model_bytes(sources, backward)
+        assert sum(a + b for a, b, _ in moved.values()) == folding.minimum_bytes(sources, backward)
         assert seen.atomic == 0
 
 

@@ -147,6 +147,7 @@ def test_the_package_keeps_to_the_table(module: str) -> None:
 BENCH_MAY = {
     *("", "nn", "functional", "replace", "fold"),  # the public API
     *("timing", "problem", "plan", "reference", "tune.static", "activation"),
+    *("folding", "fold_ops"),  # what bench.folds measures
     *(
         "device",
         "kernels",

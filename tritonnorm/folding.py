@@ -123,6 +123,26 @@ def refusal(source: Source, exact: Folded) -> str | None:
     return f"a channel of the folded weight is subnormal in {name}" if faults[1] else None
 
 
+def minimum_bytes(sources: Sequence[Source], backward: bool = False) -> int:
+    """The fewest bytes that folding them moves, or that their gradients do.
+
+    Forward reads every tensor and writes w' and b'. Backward reads the gradients of these, and all
+    but beta again; it writes the gradients of weight, bias, gamma and beta, whether or not a layer
+    has a bias and a batch norm gamma and beta.
+    """
+    total = 0
+    for s in sources:
+        w, c = s.weight.numel() * s.weight.element_size(), s.mean.numel()
+        vectors = [t for t in (s.bias, s.mean, s.var, s.gamma) if t is not None]
+        small = sum(c * t.element_size() for t in vectors) + c * s.weight.element_size()
+        if backward:
+            affine = s.mean if s.gamma is None else s.gamma
+            total += 3 * w + small + c * s.weight.element_size() + 2 * c * affine.element_size()
+        else:
+            total += 2 * w + small + (0 if s.beta is None else c * s.beta.element_size())
+    return total
+
+
 def run(layer: Any, input: Tensor, folded: Folded, output_size: list[int] | None = None) -> Tensor:
     """What a layer computes, with another weight and bias.
 

@@ -1,21 +1,29 @@
-"""``e2e``: whole models, a training step and folded inference."""
+"""Whole models: ``e2e``, a training step and folded inference; ``folds``, folding their weights."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from rich.console import Console
 
+from bench import folds as bench_folds
 from bench.commands.files import NO_OUTPUTS, Outputs, write
 from bench.e2e import inference, training
-from bench.machine import Gpu
+from bench.folds import FoldCase
+from bench.machine import Gpu, Machine
 from bench.processes import Job, run_jobs
 from bench.record.environment import environment
 from bench.record.file import Record
 from bench.report.table import record_table
 from bench.report.terminal import show
+from bench.roofs import measured_roofs, theoretical_roof
+from bench.runner import DEFAULTS, Options
 from bench.screen import Screen
+from bench.session import wrong
+from bench.suites import DTYPES, LAYOUTS
 
-__all__ = ["e2e"]
+__all__ = ["e2e", "folds"]
 
 
 def e2e(
@@ -55,3 +63,53 @@ def e2e(
     show(console, record_table(record))
     write(console, record, outputs)
     return 0
+
+
+def folds(
+    console: Console,
+    models: Sequence[str] = bench_folds.MODELS,
+    dtypes: Sequence[str] = ("fp32",),
+    layouts: Sequence[str] = ("NHWC",),
+    options: Options = DEFAULTS,
+    outputs: Outputs = NO_OUTPUTS,
+    machine: Machine | None = None,
+) -> int:
+    """Measure folding the weights of models: this library, eager PyTorch, torch.compile.
+
+    Args:
+        models: names of `bench.models.MODELS`, or densenet-121.
+        dtypes: of the weights, keys of `bench.suites.DTYPES`.
+        layouts: of the weights, of `bench.suites.LAYOUTS`.
+        options: how to measure.
+
+    Returns:
+        0, or 1 if this library gave a wrong result or failed.
+
+    Raises:
+        ValueError: a name is unknown; nothing has run then.
+        NoGpu: there is none.
+    """
+    for what, names, known in (("dtype", dtypes, DTYPES), ("layout", layouts, LAYOUTS)):
+        for name in names:
+            if name not in known:
+                raise ValueError(f"{what}: expected one of {', '.join(known)}; got {name!r}")
+    cases = [
+        FoldCase.of(model, mode, DTYPES[dtype], layout == "NHWC")
+        for model in models
+        for dtype in dtypes
+        for layout in layouts
+        for mode in bench_folds.MODES
+    ]
+    machine = machine or Gpu()
+    record = Record(environment(machine, options.seed))
+    theoretical = theoretical_roof(machine)
+    record.roofs = [*([theoretical] if theoretical else []), *measured_roofs(machine)]
+    roofs = (record.roof("theoretical"), record.roof("copy"))
+    for case in cases:
+        with console.status(str(case)):
+            rows, skipped = bench_folds.measure(case, machine, roofs, options)
+        record.folds += rows
+        record.skipped += skipped
+    show(console, record_table(record))
+    write(console, record, outputs)
+    return int(bool(wrong(record)))

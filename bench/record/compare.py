@@ -20,6 +20,7 @@ MOMENTARY = ("sm_mhz", "memory_mhz", "temperature_c")  # what a GPU has another 
 # Table -> the fields that say which row it is, and the unit of its times.
 _KEYS = {
     "ops": (("op", "mode", "layout", "dtype", "shape", "provider", "cache"), "us"),
+    "folds": (("model", "mode", "layout", "dtype", "provider"), "us"),
     "models": (("model", "mode", "variant", "device", "dtype", "layout", "shape"), "ms"),
     "host": (("what", "variant"), "us"),
 }

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from bench.record.rows import TABLES, HostRow, ModelRow, OpRow, RoofRow, Row, SkippedRow
+from bench.record.rows import TABLES, FoldRow, HostRow, ModelRow, OpRow, RoofRow, Row, SkippedRow
 from bench.record.schema import SCHEMA, fault
 
 __all__ = ["Record", "load"]
@@ -24,11 +24,12 @@ class Record:
 
     Attributes:
         environment: nested plain values, see `bench.record.environment`.
-        ops, roofs, models, host, skipped: the rows of each table.
+        ops, folds, roofs, models, host, skipped: the rows of each table.
     """
 
     environment: dict[str, Any]
     ops: list[OpRow] = field(default_factory=list)
+    folds: list[FoldRow] = field(default_factory=list)
     roofs: list[RoofRow] = field(default_factory=list)
     models: list[ModelRow] = field(default_factory=list)
     host: list[HostRow] = field(default_factory=list)
@@ -99,7 +100,7 @@ class Record:
             raise ValueError(f"{path}: not a results file: {error}") from None
         _check(content, str(path))
         tables: dict[str, Any] = {
-            name: [row(**r) for r in content[name]] for name, row in TABLES.items()
+            name: [row(**r) for r in content.get(name, [])] for name, row in TABLES.items()
         }
         return cls(content["environment"], **tables)
 
@@ -109,7 +110,7 @@ def load(*paths: str | Path, table: str = "ops") -> pd.DataFrame:
 
     Args:
         paths: files, or folders whose ``*.json`` are taken, subfolders included.
-        table: "ops", "roofs", "models", "host" or "skipped".
+        table: "ops", "folds", "roofs", "models", "host" or "skipped".
 
     Returns:
         A column per field of the rows, and ``gpu``, ``date`` and ``file`` before them.
@@ -145,9 +146,9 @@ def _check_figures(content: Any, where: str) -> None:
     """Raise for the first figure that cannot be true."""
     roofs = [row["gb_s"] for row in content["roofs"] if row["kind"] == "theoretical"]
     roof = max(roofs, default=None)
-    for table in ("ops", "models", "host"):
-        for i, row in enumerate(content[table]):
-            problem = _unordered(row) or (_implausible(row, roof) if table == "ops" else None)
+    for table in ("ops", "folds", "models", "host"):
+        for i, row in enumerate(content.get(table, [])):
+            problem = _unordered(row) or (_implausible(row, roof) if "gb_s" in row else None)
             if problem is not None:
                 raise ValueError(f"{where}: {table}/{i}: {problem}")
 
@@ -173,6 +174,6 @@ def _implausible(row: dict[str, Any], roof: float | None) -> str | None:
             f"peak_percent is {row['peak_percent']}, but of the roof it is {100 * rate / roof:.1f}"
         )
     over = (row["peak_percent"] or 0.0) > PLAUSIBLE
-    if over and "C" not in row["flags"] and row["cache"] != "warm":
+    if over and "C" not in row["flags"] and row.get("cache") != "warm":
         return f"{row['peak_percent']:.1f} % of the peak, and not from the cache"
     return None

@@ -8,6 +8,7 @@ __all__ = [
     "FLAGS",
     "NOISY",
     "TABLES",
+    "FoldRow",
     "HostRow",
     "ModelRow",
     "OpRow",
@@ -80,6 +81,44 @@ class OpRow:
     plan: str
     error: float
     sm_mhz: float | None = None
+
+
+@dataclass(frozen=True)
+class FoldRow:
+    """The weights of a whole model folded by one provider, as `tritonnorm.freeze` does every step.
+
+    Attributes:
+        model: whose pairs of a layer and a batch norm.
+        mode: forward, backward or forward+backward.
+        layout: memory order of the weights, NHWC (channels last) or NCHW.
+        dtype: of the weights.
+        pairs: how many.
+        provider: who folds.
+        bytes: the fewest bytes of the operation, `tritonnorm.folding.minimum_bytes`.
+        p50_us, p20_us, p80_us, noise, samples, gb_s, peak_percent, copy_percent, host_us, x_eager,
+            x_compile, flags, error: as in `OpRow`.
+    """
+
+    model: str
+    mode: str
+    layout: str
+    dtype: str
+    pairs: int
+    provider: str
+    p50_us: float
+    p20_us: float
+    p80_us: float
+    noise: float
+    samples: int
+    bytes: int
+    gb_s: float
+    peak_percent: float | None
+    copy_percent: float | None
+    host_us: float | None
+    x_eager: float | None
+    x_compile: float | None
+    flags: str
+    error: float
 
 
 @dataclass(frozen=True)
@@ -166,11 +205,12 @@ class SkippedRow:
     reason: str
 
 
-Row = OpRow | RoofRow | ModelRow | HostRow | SkippedRow
+Row = OpRow | FoldRow | RoofRow | ModelRow | HostRow | SkippedRow
 
 #: Table of a results file -> the class of its rows.
 TABLES: dict[str, type[Row]] = {
     "ops": OpRow,
+    "folds": FoldRow,
     "roofs": RoofRow,
     "models": ModelRow,
     "host": HostRow,

@@ -148,6 +148,18 @@ OPS = (
     Column("plan", lambda r: r.plan),
 )
 
+_TIMED = ("p50 us", "p20/p80", "noise", "GB/s", "%peak", "%copy", "host us")
+FOLDS = (
+    Column("model", lambda r: r.model),
+    Column("mode", lambda r: r.mode),
+    Column("layout", lambda r: r.layout),
+    Column("dtype", lambda r: r.dtype),
+    Column("pairs", lambda r: str(r.pairs), lambda r: r.pairs),
+    Column("provider", lambda r: r.provider),
+    *(c for c in OPS if c.title in (*_TIMED, "x eager", "x compile", "flags")),
+    Column("error", lambda r: f"{r.error:.1e}", lambda r: r.error, "checked before timing"),
+)
+
 ROOFS = (
     Column("roof", lambda r: r.kind),
     Column("bytes", lambda r: f"{r.bytes:,}" if r.bytes else "", lambda r: r.bytes),
@@ -216,6 +228,7 @@ def sections(record: Record) -> list[Section]:
     found = [
         Section.of("ops", "Operations", OPS, ops["cold"]),
         Section.of("warm", "Operations, tensors left in the cache (warm)", OPS, ops["warm"]),
+        Section.of("folds", "Folding the weights of a model", FOLDS, record.folds),
         Section.of("models", "Whole models", _models(record.models), record.models),
         Section.of("host", "Host", HOST, record.host),
         Section.of("roofs", "Roofs", ROOFS, record.roofs),

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from bench.record.file import Record
-from bench.record.rows import FLAGS, OpRow
+from bench.record.rows import FLAGS, FoldRow, ModelRow, OpRow
 from bench.report.cells import OPS, number
 
 __all__ = [
@@ -81,7 +81,9 @@ def empty_columns(record: Record) -> str | None:
 
 def legend(record: Record) -> list[str]:
     """What the flags mean that occur, a line each."""
-    used = {*"".join(row.flags for row in record.ops), *"".join(r.flags for r in record.models)}
+    tables: tuple[Iterable[OpRow | FoldRow | ModelRow], ...]
+    tables = (record.ops, record.folds, record.models)
+    used = {letter for rows in tables for row in rows for letter in row.flags}
     return [f"{letter}: {meaning}" for letter, meaning in FLAGS.items() if letter in used]
 
 
@@ -101,6 +103,12 @@ def method(record: Record) -> list[str]:
             "median time. Percent of peak is of the theoretical bandwidth, percent of copy of what "
             "a plain copy reached in the same run.",
         ]
+    if record.folds:
+        said.append(
+            "Folding computes the weight and bias of every layer from its own and those of the "
+            "batch norm behind it; backward is their gradients. Results and gradients are checked "
+            "against float64 before anything is timed."
+        )
     if record.models:
         said.append(
             "A model is timed only after its result was checked against the unchanged model in "

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from bench.folds import FoldRun
 from bench.runner import Run
 from tritonnorm.device import Device
 
@@ -40,8 +41,9 @@ class SimulatedClock:
         calls[0]()
         draw = random.Random(len(self.sets))
         run = calls[0]
-        if isinstance(run, Run):
-            seconds = 2e-6 + run.case.bytes / (COPY * self.shares.get(run.provider.name, 0.5))
+        if isinstance(run, Run | FoldRun):
+            name = run.name if isinstance(run, FoldRun) else run.provider.name
+            seconds = 2e-6 + run.case.bytes / (COPY * self.shares.get(name, 0.5))
         else:
             seconds = 2 * (1 << 20) / COPY  # a roof
         return lambda: seconds * max(0.1, draw.gauss(1.0, self.noise))

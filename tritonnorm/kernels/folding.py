@@ -138,21 +138,6 @@ def tile_kind(weight: Tensor, shape: tuple[int, int, int]) -> int:
     return 1 if k <= TILES[1][1] else 2
 
 
-def model_bytes(sources: Sequence[Source], backward: bool = False) -> int:
-    """Bytes of weights and vectors that a launch loads and stores; tables are left out."""
-    total = 0
-    for s in sources:
-        w, c = s.weight.numel() * s.weight.element_size(), s.mean.numel()
-        vectors = [t for t in (s.bias, s.mean, s.var, s.gamma) if t is not None]
-        small = sum(c * t.element_size() for t in vectors) + c * s.weight.element_size()
-        if backward:  # w, w'-, dw; vectors and b'-; dbias, dgamma and dbeta
-            affine = s.mean if s.gamma is None else s.gamma
-            total += 3 * w + small + c * s.weight.element_size() + 2 * c * affine.element_size()
-        else:
-            total += 2 * w + small + (0 if s.beta is None else c * s.beta.element_size())
-    return total
-
-
 @triton.jit
 def _address(row, COLUMN: tl.constexpr, T: tl.constexpr):
     return tl.load(row + COLUMN).to(tl.pointer_type(T))
