@@ -27,9 +27,29 @@ def _fx(model: nn.Module, inputs: Any) -> tuple[nn.Module, None]:
     return fuse(model), None
 
 
+def _torchao(model: nn.Module, inputs: Any) -> tuple[nn.Module, None]:
+    """What torchao does to an exported program before it quantises it."""
+    from torchao.quantization.pt2e.utils import _fuse_conv_bn_, _fuse_linear_bn_
+
+    args, kwargs = ((), inputs) if isinstance(inputs, dict) else (tuple(inputs), None)
+    exported: Any = torch.export.export(model, args, kwargs).module()
+    _fuse_conv_bn_(exported)
+    _fuse_linear_bn_(exported)
+    return exported, None
+
+
+def _mmcv(model: nn.Module, inputs: Any) -> tuple[nn.Module, None]:
+    """MMCV's folding in place, which pairs modules in the order of their definition."""
+    from mmcv.cnn import fuse_conv_bn
+
+    return fuse_conv_bn(model), None
+
+
 TOOLS: dict[str, Callable[..., tuple[nn.Module, Any]]] = {
     "tritonnorm": tritonnorm.fold,
     "torch.fx": _fx,
+    "torchao": _torchao,
+    "mmcv": _mmcv,
 }
 MAX_PARAMETERS = 100e6
 LIMIT = 1e-9  # relative, float64

@@ -38,6 +38,7 @@ def page(tools: Mapping[str, Mapping[str, Result]]) -> str:
 def _others(tools: Mapping[str, Mapping[str, Result]]) -> Iterator[str]:
     """The tools on the models that all of them were tried on."""
     ours = tools["tritonnorm"]
+    tools = {tool: results for tool, results in tools.items() if results}
     names = [key for key, r in ours.items() if r.calls[0] and all(key in t for t in tools.values())]
     total = sum(ours[key].calls[0] for key in names)
     yield "\n## Beside other tools\n"
