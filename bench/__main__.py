@@ -88,6 +88,12 @@ def parser() -> argparse.ArgumentParser:
     _how(folds)
     _outputs(folds)
 
+    counters = command(
+        *("counters", _counters, "DRAM bytes of calls in every regime by the GPU's counters (ncu)")
+    )
+    counters.add_argument("--regime", type=_list, metavar="A,B,...", help="default: all")
+    _outputs(counters)
+
     audit = command(
         *("audit", _audit, "bytes moved and machine code of every algorithm; needs no GPU")
     )
@@ -252,6 +258,13 @@ def _folds(console: Console, options: argparse.Namespace) -> int:
     o = options
     how, models = _timing(o), o.model or MODELS
     return folds(console, models, o.dtype, o.layout, how, _files(o))
+
+
+def _counters(console: Console, options: argparse.Namespace) -> int:
+    from bench.commands.measure import counters
+    from bench.counters import REGIMES
+
+    return counters(console, options.regime or tuple(REGIMES), _files(options))
 
 
 def _audit(console: Console, options: argparse.Namespace) -> int:

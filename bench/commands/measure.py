@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from bench import counters as bench_counters
 from bench.commands.files import BENCH, NO_OUTPUTS, Outputs, write
 from bench.machine import Gpu, Machine
 from bench.providers import DEFAULT, select
@@ -23,7 +24,7 @@ from bench.runner import DEFAULTS, Options
 from bench.session import session, wrong
 from bench.suites import OWN, cases
 
-__all__ = ["Request", "quick", "roofline", "run", "submit"]
+__all__ = ["Request", "counters", "quick", "roofline", "run", "submit"]
 
 RESULTS = BENCH / "results"
 #: Seconds after which the quick run begins no further case: with what is under way it stays below
@@ -128,6 +129,15 @@ def roofline(
     record = Record(environment(machine))
     theoretical = theoretical_roof(machine)
     record.roofs = [*([theoretical] if theoretical else []), *measured_roofs(machine, sizes)]
+    show(console, record_table(record))
+    write(console, record, outputs)
+    return 0
+
+
+def counters(console: Console, regimes: Sequence[str], outputs: Outputs = NO_OUTPUTS) -> int:
+    """DRAM bytes of a call in each of these regimes; see `bench.counters`."""
+    rows = bench_counters.measure(regimes)
+    record = Record(environment(Gpu()), counters=rows)
     show(console, record_table(record))
     write(console, record, outputs)
     return 0

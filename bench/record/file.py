@@ -10,7 +10,17 @@ from typing import Any
 
 import pandas as pd
 
-from bench.record.rows import TABLES, FoldRow, HostRow, ModelRow, OpRow, RoofRow, Row, SkippedRow
+from bench.record.rows import (
+    TABLES,
+    CounterRow,
+    FoldRow,
+    HostRow,
+    ModelRow,
+    OpRow,
+    RoofRow,
+    Row,
+    SkippedRow,
+)
 from bench.record.schema import SCHEMA, fault
 
 __all__ = ["Record", "load"]
@@ -24,12 +34,13 @@ class Record:
 
     Attributes:
         environment: nested plain values, see `bench.record.environment`.
-        ops, folds, roofs, models, host, skipped: the rows of each table.
+        ops, folds, counters, roofs, models, host, skipped: the rows of each table.
     """
 
     environment: dict[str, Any]
     ops: list[OpRow] = field(default_factory=list)
     folds: list[FoldRow] = field(default_factory=list)
+    counters: list[CounterRow] = field(default_factory=list)
     roofs: list[RoofRow] = field(default_factory=list)
     models: list[ModelRow] = field(default_factory=list)
     host: list[HostRow] = field(default_factory=list)
@@ -110,7 +121,7 @@ def load(*paths: str | Path, table: str = "ops") -> pd.DataFrame:
 
     Args:
         paths: files, or folders whose ``*.json`` are taken, subfolders included.
-        table: "ops", "folds", "roofs", "models", "host" or "skipped".
+        table: "ops", "folds", "counters", "roofs", "models", "host" or "skipped".
 
     Returns:
         A column per field of the rows, and ``gpu``, ``date`` and ``file`` before them.

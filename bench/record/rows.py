@@ -8,6 +8,7 @@ __all__ = [
     "FLAGS",
     "NOISY",
     "TABLES",
+    "CounterRow",
     "FoldRow",
     "HostRow",
     "ModelRow",
@@ -122,6 +123,33 @@ class FoldRow:
 
 
 @dataclass(frozen=True)
+class CounterRow:
+    """DRAM traffic of one call by the GPU's own counters; see `bench.counters`.
+
+    Attributes:
+        regime: which way of computing it stands for.
+        op, layout, dtype, shape: as in `OpRow`; mode: forward or backward.
+        plan: the algorithm, and who decided.
+        launches: kernels of the call.
+        read_bytes, written_bytes: through DRAM, by ncu.
+        fewest_read, fewest: bytes that must be read, and read or written; see `minimum_bytes`.
+    """
+
+    regime: str
+    op: str
+    mode: str
+    layout: str
+    dtype: str
+    shape: str
+    plan: str
+    launches: int
+    read_bytes: int
+    written_bytes: int
+    fewest_read: int
+    fewest: int
+
+
+@dataclass(frozen=True)
 class RoofRow:
     """A bandwidth to compare with.
 
@@ -205,12 +233,13 @@ class SkippedRow:
     reason: str
 
 
-Row = OpRow | FoldRow | RoofRow | ModelRow | HostRow | SkippedRow
+Row = OpRow | FoldRow | CounterRow | RoofRow | ModelRow | HostRow | SkippedRow
 
 #: Table of a results file -> the class of its rows.
 TABLES: dict[str, type[Row]] = {
     "ops": OpRow,
     "folds": FoldRow,
+    "counters": CounterRow,
     "roofs": RoofRow,
     "models": ModelRow,
     "host": HostRow,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.record.file import Record
-from bench.record.rows import ModelRow, OpRow
+from bench.record.rows import CounterRow, ModelRow, OpRow
 
 __all__ = ["OPS", "Cell", "Column", "Section", "number", "sections"]
 
@@ -160,6 +160,24 @@ FOLDS = (
     Column("error", lambda r: f"{r.error:.1e}", lambda r: r.error, "checked before timing"),
 )
 
+COUNTERS = (
+    Column("regime", lambda r: r.regime),
+    *(c for c in OPS if c.title in ("op", "mode", "layout", "dtype", "shape", "plan")),
+    Column("launches", lambda r: str(r.launches), lambda r: r.launches),
+    Column("read MB", lambda r: number(r.read_bytes / 1e6), lambda r: r.read_bytes),
+    Column(
+        *("of fewest", lambda r: _times(_reads(r)), lambda r: _reads(r)),
+        "DRAM bytes read over those that must be read",
+    ),
+    Column("written MB", lambda r: number(r.written_bytes / 1e6), lambda r: r.written_bytes),
+    Column("fewest MB", lambda r: number(r.fewest / 1e6), lambda r: r.fewest),
+)
+
+
+def _reads(row: CounterRow) -> float:
+    return row.read_bytes / row.fewest_read
+
+
 ROOFS = (
     Column("roof", lambda r: r.kind),
     Column("bytes", lambda r: f"{r.bytes:,}" if r.bytes else "", lambda r: r.bytes),
@@ -229,6 +247,7 @@ def sections(record: Record) -> list[Section]:
         Section.of("ops", "Operations", OPS, ops["cold"]),
         Section.of("warm", "Operations, tensors left in the cache (warm)", OPS, ops["warm"]),
         Section.of("folds", "Folding the weights of a model", FOLDS, record.folds),
+        Section.of("counters", "DRAM traffic by the GPU's counters", COUNTERS, record.counters),
         Section.of("models", "Whole models", _models(record.models), record.models),
         Section.of("host", "Host", HOST, record.host),
         Section.of("roofs", "Roofs", ROOFS, record.roofs),

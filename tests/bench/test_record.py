@@ -182,7 +182,7 @@ def test_load_gathers_files(tmp_path: Path) -> None:
     assert len(load(tmp_path / "a" / "one.json", table="models")) == len(small().models)
     with pytest.raises(FileNotFoundError, match="no results files"):
         load(empty)
-    with pytest.raises(ValueError, match="expected one of ops, folds, roofs"):
+    with pytest.raises(ValueError, match="expected one of ops, folds, counters, roofs"):
         small().frame("rows")
 
 
