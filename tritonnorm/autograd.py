@@ -128,10 +128,12 @@ def batch_norm(
 ) -> Tensor:
     """The operator that the call needs: with autograd if a gradient can be asked for, else
     without."""
-    differentiable = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, residual, weight, bias)
-    )
-    if differentiable:
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    ):
         # Without torch.func, which `functional` keeps away, the method in C is all of `apply`.
         apply = BatchNormFunction.apply if torch.compiler.is_compiling() else _apply
         return apply(

@@ -103,9 +103,7 @@ def batch_norm(
         accepted = act.name if act else "", act_args
         if key is not None:
             _accepted.put(key, accepted)
-    from . import autograd
-
-    return autograd.batch_norm(
+    return _autograd().batch_norm(
         input, residual, weight, bias, running_mean, running_var,
         num_batches_tracked if training else None, training, momentum, eps, *accepted,
     )  # fmt: skip
@@ -256,6 +254,17 @@ def _unsupported(
         if name.startswith("running") and not vector.is_contiguous():
             return f"{name} is not contiguous"  # it is updated in place
     return None
+
+
+def _autograd() -> Any:
+    """The module that launches kernels. It is imported with the first call: it needs triton."""
+    global _imported
+    if _imported is None:
+        from . import autograd as _imported
+    return _imported
+
+
+_imported: Any = None
 
 
 def has_triton() -> bool:

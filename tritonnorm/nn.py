@@ -62,18 +62,18 @@ class _FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         """
         if not has_torch_function((input,)):
             self._check_input_dim(input)
-        track = self.training and self.track_running_stats
-        use_buffers = track or not self.training
-        running_mean = self.running_mean if use_buffers else None
-        running_var = self.running_var if use_buffers else None
-        counter = self.num_batches_tracked if track else None
+        training = self.training
+        track = training and self.track_running_stats
+        weight, bias, mean, var, counter = self._tensors()
+        use_buffers = track or not training
+        counter = counter if track else None
         return functional.batch_norm(
             input,
-            running_mean,
-            running_var,
-            self.weight,
-            self.bias,
-            self.training or (self.running_mean is None and self.running_var is None),
+            mean if use_buffers else None,
+            var if use_buffers else None,
+            weight,
+            bias,
+            training or (mean is None and var is None),
             # Without a counter a cumulative average has nothing to count: torch leaves the buffers
             # alone.
             0.0 if self.momentum is None and counter is None else self.momentum,
@@ -83,6 +83,22 @@ class _FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             residual=residual,
             num_batches_tracked=counter,
         )
+
+    def _tensors(self) -> tuple[Tensor | None, ...]:
+        """Weight, bias, running mean and variance, counter.
+
+        As attributes each would cost the host a failed look-up and a call; a parametrised tensor is
+        an attribute only.
+        """
+        parameters, buffers = self._parameters, self._buffers
+        try:
+            return (
+                *(parameters["weight"], parameters["bias"]),
+                *(buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]),
+            )
+        except KeyError:
+            found = (self.running_mean, self.running_var, self.num_batches_tracked)
+            return (self.weight, self.bias, *found)
 
     def extra_repr(self) -> str:
         """The original's description, and the activation if there is one."""

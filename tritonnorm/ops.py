@@ -10,7 +10,7 @@ checked above, in `functional`; gradients are attached there too, by `autograd`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,10 @@ from .kernels.base import BackwardArguments, ForwardArguments
 from .plan import forced
 from .problem import Problem
 from .recipe import recipe, view_of
+
+Maybe = Tensor | None  # None is not asked for
+Outputs = tuple[Tensor, Maybe, Maybe, Maybe]  # y, mean, rstd, mask
+Gradients = tuple[Maybe, Maybe, Maybe, Maybe]  # dinput, dresidual, dweight, dbias
 
 _library = torch.library.Library("tritonnorm", "DEF")
 _tags = (torch.Tag.pt2_compliant_tag,)
@@ -76,7 +80,7 @@ def _forward(
     batch_statistics: bool,
     save_statistics: bool,
     save_mask: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Outputs:
     y = torch.empty_like(x)
     found = recipe(
         *("forward", x.shape, x.stride(), x.dtype, Device.of(x.device), forced()),
@@ -87,10 +91,10 @@ def _forward(
         ForwardArguments(
             x=torch.empty_like(x).copy_(x) if found.copies else x,
             y=y,
-            mean=mean if save_statistics else None,
-            rstd=rstd if save_statistics else None,
+            mean=mean,
+            rstd=rstd,
             residual=None if residual is None else _like_dense(residual, found.dense),
-            mask=mask if save_mask else None,
+            mask=mask,
             weight=_vector(weight),
             bias=_vector(bias),
             running_mean=running_mean,
@@ -103,12 +107,17 @@ def _forward(
     return y, mean, rstd, mask
 
 
-def _saved(x: Tensor, problem: Problem, statistics: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Unwritten mean, rstd and mask; empty where they are not asked for."""
-    c = problem.view.c if statistics else 0
-    mean = x.new_empty(c, dtype=problem.accumulator)
-    mask = x.new_empty(problem.view.mask_bytes if problem.mask else 0, dtype=torch.uint8)
-    return mean, torch.empty_like(mean), mask
+def _saved(
+    x: Tensor, problem: Problem, statistics: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Unwritten mean, rstd and mask; None where they are not asked for."""
+    mean = rstd = mask = None
+    if statistics:
+        mean = x.new_empty(problem.view.c, dtype=problem.accumulator)
+        rstd = torch.empty_like(mean)
+    if problem.mask:
+        mask = x.new_empty(problem.view.mask_bytes, dtype=torch.uint8)
+    return mean, rstd, mask
 
 
 def _training(
@@ -124,7 +133,7 @@ def _training(
     activation: str,
     activation_args: Sequence[float],
     save_mask: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Outputs:
     changed = [t for t in (running_mean, running_var, num_batches_tracked) if t is not None]
     torch.autograd.graph.increment_version(changed)
     return _forward(
@@ -145,7 +154,7 @@ def _inference(
     activation_args: Sequence[float],
     save_statistics: bool,
     save_mask: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Outputs:
     return _forward(
         input, residual, weight, bias, _vector(running_mean), _vector(running_var), None,
         0.0, eps, activation, activation_args, False, save_statistics, save_mask,
@@ -165,16 +174,14 @@ def _backward(
     activation: str,
     activation_args: Sequence[float],
     needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``needs``: which of dinput, dresidual, dweight, dbias to compute; the others come back
-    empty."""
+) -> Gradients:
+    """``needs``: which of dinput, dresidual, dweight, dbias to compute; the others are None."""
     found = recipe(
         *("backward", input.shape, input.stride(), input.dtype, Device.of(input.device), forced()),
         *(batch_statistics, activation, tuple(activation_args)),
         *(residual is not None or mask is not None, mask is not None, tuple(needs)),
     )
-    outputs = _gradients(input, weight, bias, needs)
-    dx, dresidual, dweight, dbias = (t if n else None for t, n in zip(outputs, needs, strict=True))
+    outputs = dx, dresidual, dweight, dbias = _gradients(input, weight, bias, needs)
     found.run(
         BackwardArguments(
             dy=_like_dense(grad, found.dense),
@@ -196,28 +203,41 @@ def _backward(
 
 def _gradients(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, needs: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Gradients:
     return (
-        torch.empty_like(x) if needs[0] else x.new_empty(0),
-        torch.empty_like(x) if needs[1] else x.new_empty(0),
-        torch.empty_like(weight) if needs[2] and weight is not None else x.new_empty(0),
-        torch.empty_like(bias) if needs[3] and bias is not None else x.new_empty(0),
+        torch.empty_like(x) if needs[0] else None,
+        torch.empty_like(x) if needs[1] else None,
+        torch.empty_like(weight) if needs[2] and weight is not None else None,
+        torch.empty_like(bias) if needs[3] and bias is not None else None,
     )
 
 
-def _fake_forward(
-    x: Tensor, statistics: bool, save_mask: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_forward(x: Tensor, statistics: bool, save_mask: bool) -> Outputs:
     y = torch.empty_like(x)
     view, _, _ = view_of(y.shape, y.stride())
     problem = Problem("forward", True, view, x.dtype, mask=save_mask)
     return y, *_saved(x, problem, statistics)
 
 
+def _tensors(found: Outputs | Gradients, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the schema promises: an empty tensor for each result that was not asked for."""
+    a, b, c, d = (like.new_empty(0) if t is None else t for t in found)
+    return a, b, c, d
+
+
+def _operator(implementation: Callable[..., Outputs | Gradients], input: int) -> Callable[..., Any]:
+    """The implementation as the dispatcher calls it; ``input`` is the place of the input."""
+
+    def operator(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return _tensors(implementation(*args), args[input])
+
+    return operator
+
+
 for _name, _implementation in (
-    ("batch_norm_training", _training),
-    ("batch_norm_inference", _inference),
-    ("batch_norm_backward", _backward),
+    ("batch_norm_training", _operator(_training, 0)),
+    ("batch_norm_inference", _operator(_inference, 0)),
+    ("batch_norm_backward", _operator(_backward, 1)),
 ):
     for _key in ("CUDA", "CPU"):
         _library.impl(_name, _implementation, _key)
@@ -225,18 +245,18 @@ for _name, _implementation in (
 
 @torch.library.register_fake("tritonnorm::batch_norm_training", lib=_library)
 def _(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _fake_forward(input, True, args[-1])
+    return _tensors(_fake_forward(input, True, args[-1]), input)
 
 
 @torch.library.register_fake("tritonnorm::batch_norm_inference", lib=_library)
 def _(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _fake_forward(input, args[-2], args[-1])
+    return _tensors(_fake_forward(input, args[-2], args[-1]), input)
 
 
 @torch.library.register_fake("tritonnorm::batch_norm_backward", lib=_library)
 def _(grad: Tensor, input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     weight, bias, needs = args[2], args[3], args[-1]
-    return _gradients(input, weight, bias, needs)
+    return _tensors(_gradients(input, weight, bias, needs), input)
 
 
 def unwatched(*tensors: Tensor | None) -> bool:
@@ -255,20 +275,20 @@ def unwatched(*tensors: Tensor | None) -> bool:
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def training(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`batch_norm_training`."""
+def training(*args: Any) -> Outputs:
+    """`batch_norm_training`. A mask that is not asked for may be None."""
     call = _training if unwatched(*args[:7]) else torch.ops.tritonnorm.batch_norm_training.default
     return call(*args)
 
 
-def inference(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`batch_norm_inference`."""
+def inference(*args: Any) -> Outputs:
+    """`batch_norm_inference`. What is not asked for may be None."""
     call = _inference if unwatched(*args[:6]) else torch.ops.tritonnorm.batch_norm_inference.default
     return call(*args)
 
 
-def backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`batch_norm_backward`."""
+def backward(*args: Any) -> Gradients:
+    """`batch_norm_backward`. What is not asked for may be None."""
     call = _backward if unwatched(*args[:8]) else torch.ops.tritonnorm.batch_norm_backward.default
     return call(*args)
 
