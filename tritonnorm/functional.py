@@ -132,6 +132,26 @@ def _key(
     return (*kinds, activation, activation_args, *options)
 
 
+def examine(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    residual: Tensor | None,
+    num_batches_tracked: Tensor | None,
+) -> str | None:
+    """The checks of `batch_norm` for a part of a batch, which may be empty or a single value, and a
+    reason why the kernels cannot compute it, or None."""
+    tensors = (input, running_mean, running_var, weight, bias)
+    _check(
+        *tensors, True, momentum, eps, residual, num_batches_tracked, alone=False,
+    )  # fmt: skip
+    return surroundings(input) or _unsupported(*tensors)
+
+
 def _check(
     input: Tensor,
     running_mean: Tensor | None,
@@ -143,6 +163,7 @@ def _check(
     eps: float,
     residual: Tensor | None,
     num_batches_tracked: Tensor | None,
+    alone: bool = True,
 ) -> None:
     """Refuse what cannot be computed, before anything is launched or changed."""
     if input.dim() < 2:
@@ -167,7 +188,7 @@ def _check(
         _check_device(name, vector, input)
     if training and (running_mean is None) != (running_var is None):
         raise ValueError("running_mean, running_var: expected both or neither, got one")
-    if training and channels and input.numel() == channels:
+    if training and alone and channels and input.numel() == channels:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {input.shape}"
         )
