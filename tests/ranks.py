@@ -6,11 +6,12 @@ import contextlib
 import multiprocessing
 import os
 import tempfile
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import connection
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 WORLD = 3
@@ -20,14 +21,17 @@ PATIENCE = 120.0  # seconds for one function; ranks that wait for each other wai
 class Ranks:
     """`WORLD` processes. The first two are also a process group of their own."""
 
-    def __init__(self, folder: Path) -> None:
-        context = multiprocessing.get_context("spawn")
+    def __init__(self) -> None:
         self._ends: list[Connection] = []
-        self._processes = []
+        self._processes: list[Any] = []
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._folder = tempfile.TemporaryDirectory()
         for rank in range(WORLD):
             here, there = context.Pipe()
             process = context.Process(
-                target=_serve, args=(rank, str(folder / "store"), there), daemon=True
+                target=_serve, args=(rank, f"{self._folder.name}/store", there), daemon=True
             )
             process.start()
             there.close()
@@ -41,40 +45,57 @@ class Ranks:
             function: of a module that a process can import.
             args: what can be pickled.
             world: 2 or 3 ranks; ``group`` is theirs.
+
+        Raises:
+            AssertionError: it raised on a rank, or a rank gave no answer; the processes are ended
+                then, and the next call starts others.
         """
+        if not self._ends:
+            self._start()
         for end in self._ends[:world]:
             end.send((function, args, world))
-        answers, failures = [], []
-        for rank, end in enumerate(self._ends[:world]):
-            if not end.poll(PATIENCE):
-                self.end()
-                raise TimeoutError(f"rank {rank} did not answer {function.__name__}")
-            answer, failure = end.recv()
-            answers.append(answer)
-            failures += [f"rank {rank}:\n{failure}"] if failure else []
+        answers: dict[int, Any] = {}
+        failures: list[str] = []
+        last = time.monotonic() + PATIENCE
+        while len(answers) < world:
+            waiting = [e for rank, e in enumerate(self._ends[:world]) if rank not in answers]
+            ready = connection.wait(waiting, max(0.0, last - time.monotonic()))
+            if not ready:
+                failures.append("no answer from the other ranks")
+                break
+            for end in ready:
+                rank = self._ends.index(end)  # type: ignore[arg-type]
+                answers[rank], failure = self._ends[rank].recv()
+                if failure:
+                    failures.append(f"rank {rank}:\n{failure}")
+                    last = min(last, time.monotonic() + 5)  # the others may wait for it for ever
         if failures:
+            self.end()
             raise AssertionError("\n".join(failures))
-        return answers
+        return [answers[rank] for rank in range(world)]
 
     def end(self) -> None:
+        """Let the processes end, and end those that do not."""
         for end in self._ends:
             with contextlib.suppress(OSError):
                 end.send(None)
         for process in self._processes:
-            process.join(10)
+            process.join(5)
             if process.is_alive():
                 process.kill()
+        if self._ends:
+            self._folder.cleanup()
+        self._ends, self._processes = [], []
 
 
 @contextlib.contextmanager
 def ranks() -> Iterator[Ranks]:
     """The processes, for as long as the context lasts."""
-    with tempfile.TemporaryDirectory() as folder:
-        started = Ranks(Path(folder))
-        try:
-            yield started
-        finally:
-            started.end()
+    started = Ranks()
+    try:
+        yield started
+    finally:
+        started.end()
 
 
 def _serve(rank: int, store: str, pipe: Connection) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -280,16 +281,12 @@ def _unsupported(
 
 
 def has_triton() -> bool:
-    """Whether triton can be imported; looked up once."""
-    global _triton
-    if _triton is None:
-        import importlib.util
-
-        _triton = importlib.util.find_spec("triton") is not None
+    """Whether triton can be imported."""
     return _triton
 
 
-_triton: bool | None = None
+# Looked up before a compiler can see it change, which would cost a second graph.
+_triton = importlib.util.find_spec("triton") is not None
 
 
 def _log_once(reason: str) -> None:

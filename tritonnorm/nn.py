@@ -63,6 +63,10 @@ class _FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         """
         return self._normalize(input, residual, self.activation, self.activation_args)
 
+    def epilogue(self) -> tuple[str | None, tuple[float, ...]] | None:
+        """Name and parameters of the activation; None if the module runs something else too."""
+        return self.activation, self.activation_args
+
     def _normalize(
         self,
         input: Tensor,
@@ -192,15 +196,18 @@ class BatchNormAct2d(BatchNorm2d):
             input: ``[N, C, H, W]``.
             residual: shape and dtype of ``input``, added before the activation.
         """
-        drop, act = self.drop, self.act
-        idle = type(drop) is torch.nn.Identity or (
-            not self.training and isinstance(drop, torch.nn.modules.dropout._DropoutNd)
-        )
-        found = of_module(act)
-        if found is not None and idle and not (_hooked(drop) or _hooked(act)):
+        found = self.epilogue()
+        if found is not None and not (_hooked(self.drop) or _hooked(self.act)):
             return self._normalize(input, residual, *found)
-        y = drop(self._normalize(input, None, None, ()))
-        return act(y if residual is None else y + residual)
+        y = self.drop(self._normalize(input, None, None, ()))
+        return self.act(y if residual is None else y + residual)
+
+    def epilogue(self) -> tuple[str | None, tuple[float, ...]] | None:
+        """Name and parameters of `act`; None if it, or `drop`, is more than that."""
+        drop, act = self.drop, self.act
+        dropout = isinstance(drop, torch.nn.modules.dropout._DropoutNd) and not drop.training
+        idle = dropout or type(drop) is torch.nn.Identity
+        return of_module(act) if idle else None
 
 
 def _activation_module(layer: Any, options: dict[str, Any], inplace: bool) -> torch.nn.Module:
