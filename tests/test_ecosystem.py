@@ -289,3 +289,29 @@ def test_hugging_face_trainer(tmp_path: Path) -> None:
         Trainer(model=model, args=arguments, train_dataset=data).train()
     norms = [m for m in model.modules() if isinstance(m, tritonnorm.BatchNorm2d)]
     assert ran and all(m.num_batches_tracked.item() == 2 for m in norms)
+
+
+@pytest.mark.filterwarnings("ignore")  # its own, about torch
+def test_lightning(tmp_path: Path) -> None:
+    """A LightningModule around the net, unchanged, in a Trainer."""
+    lightning = pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
+
+    class Task(lightning.LightningModule):  # type: ignore[name-defined, misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = pair()[0]
+
+        def training_step(self, batch: Tensor, index: int) -> Tensor:
+            return self.net(batch).square().mean()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    task = Task()
+    loader = torch.utils.data.DataLoader(torch.randn(8, 3, 6, 6), batch_size=4)
+    trainer = lightning.Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_progress_bar=False,
+        enable_model_summary=False, enable_checkpointing=False, default_root_dir=str(tmp_path),
+    )  # fmt: skip
+    trainer.fit(task, loader)
+    assert task.net.bn1.num_batches_tracked.item() == 2
