@@ -78,29 +78,29 @@ def test_compiled_once_for_all_batch_sizes(training: bool) -> None:
 
 INDUCTOR = """
 import torch, tritonnorm
-from tests.test_ecosystem import pair
-ours, theirs = pair(torch.float64)
-compiled = torch.compile(ours, fullgraph=True, dynamic=True)
+ours = tritonnorm.BatchNorm2d(4, activation="relu", dtype=torch.float64)
+theirs = torch.nn.BatchNorm2d(4, dtype=torch.float64)
+compiled = torch.compile(lambda x: ours(x.sin(), x).cos(), fullgraph=True, dynamic=True)
 for n in (5, 2):
-    x = torch.randn(n, 3, 9, 8, dtype=torch.float64)
-    a, b = compiled(x), theirs(x)
-    a.square().sum().backward()
-    b.square().sum().backward()
-    assert (a - b).abs().max() < 1e-11
-for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
-    assert (p.grad - q.grad).abs().max() < 1e-9
+    x = torch.randn(n, 4, 9, 8, dtype=torch.float64)
+    grads = []
+    for y, bn in ((compiled(x), ours), (torch.relu(theirs(x.sin()) + x).cos(), theirs)):
+        grads.append([y, *torch.autograd.grad(y.square().sum(), tuple(bn.parameters()))])
+    for a, b in zip(*grads, strict=True):
+        assert (a - b).abs().max() < 1e-11
+assert (ours.running_var - theirs.running_var).abs().max() < 1e-13
 print("same")
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("interpreter", ["1", "0"])
-def test_inductor_on_the_cpu(interpreter: str) -> None:
-    """With our operators in the graph (the interpreter runs them), and with the fallback."""
+def test_inductor_on_the_cpu() -> None:
+    """With our operators in the graph: the interpreter runs them. In a process of its own, as
+    inductor warns."""
     done = subprocess.run(
         [sys.executable, "-c", INDUCTOR],
         cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": interpreter, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=300,
@@ -124,6 +124,7 @@ def test_export_gives_torchs_own_nodes() -> None:
     torch.testing.assert_close(program.module()(again), net(again))
 
 
+@pytest.mark.filterwarnings("ignore")  # its own, about torch
 def test_onnx_export_gives_its_own_nodes() -> None:
     pytest.importorskip("onnx", reason="onnx is not installed")
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
