@@ -16,7 +16,7 @@ BACKWARD = ["gradient_kernel", "combine_sums_kernel", "gradient_kernel"]
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("gpu", ["a100", "h200"])
 def test_a_step_of_one_rank(gpu: str, dtype: torch.dtype) -> None:
-    x, z, dy = (torch.zeros(16, 24, 14, 14, dtype=dtype) for _ in range(3))
+    x, z, dy = (torch.zeros(64, 24, 28, 28, dtype=dtype) for _ in range(3))
     vector = torch.ones(24)
     buffers = (torch.zeros(24), torch.ones(24), torch.tensor(0))
     vector = vector.to(torch.promote_types(dtype, torch.float32))
