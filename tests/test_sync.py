@@ -320,6 +320,19 @@ def test_alone_it_is_a_plain_batch_norm(training: bool) -> None:
         ours(torch.randn(4))
 
 
+def outside_of_rank(rank: int, group: Any) -> list[Tensor]:
+    two = torch.distributed.new_group([0, 1])
+    x = torch.randn(2, 4, 3)
+    bn = SyncBatchNorm(4, process_group=two)
+    return [bn(x).detach(), torch.nn.BatchNorm1d(4)(x).detach()]
+
+
+def test_a_rank_outside_the_group_is_alone(pool: Ranks) -> None:
+    *inside, outside = pool.run(outside_of_rank)
+    torch.testing.assert_close(*outside)
+    assert not any(torch.allclose(*rank) for rank in inside)
+
+
 def errors_of_rank(rank: int, group: Any) -> list[str]:
     bn = SyncBatchNorm(4, process_group=group)
     x, messages = torch.randn(2, 4, 3), []

@@ -139,15 +139,14 @@ class SyncFunction(torch.autograd.Function):
 
             sums = dx = dresidual = dweight = dbias = None
             if needs[0] or needs[2] or needs[3]:
-                sums, dweight, dbias = sync_ops.call(
+                own, dweight, dbias = sync_ops.call(
                     "gradient_sums", grads[0], *saved[:-1], *epilogue, needs[2:]
                 )
-            if needs[0]:
-                sums = _add(sums, group)
+                sums = _add(own, group) if needs[0] else None
             if needs[0] or needs[1]:
                 dx, dresidual = sync_ops.call(
                     *("apply_gradient_sums", grads[0], *saved[:-1]),
-                    *(sums if needs[0] else None, merged[0], *epilogue, needs[:2]),
+                    *(sums, merged[0], *epilogue, needs[:2]),
                 )
             found = (dx, dresidual, dweight, dbias)
         else:
@@ -213,8 +212,11 @@ def _apply(
     if counter is not None:
         counter.add_(1)
     if running_mean is not None and running_var is not None:
-        share = torch.ones_like(mean)
-        share = share * momentum if momentum is not None else share / counter
+        if momentum is not None:
+            share = torch.full_like(mean, momentum)
+        else:
+            assert counter is not None  # `functional` has checked
+            share = torch.ones_like(mean) / counter
         share = torch.where(count > 0, share, 0.0)
         unbiased = m2 / (count - 1).clamp(min=1)
         running_mean.copy_(running_mean * (1 - share) + mean * share)

@@ -57,14 +57,14 @@ class _Synchronized(_FusedBatchNorm):
         )
 
     def _group(self) -> Any:
-        """The process group if it has more than one rank, else None."""
+        """The process group if it has more than one rank, this one among them; else None."""
         distributed = torch.distributed
         if not distributed.is_available() or not distributed.is_initialized():
             return None
         group = self.process_group
         if group is None:
             group = distributed.group.WORLD
-        return group if group.size() > 1 else None
+        return group if distributed.get_world_size(group) > 1 else None
 
 
 class SyncBatchNorm(_Synchronized, nn.SyncBatchNorm):

@@ -193,7 +193,9 @@ def _gradient_stage(
 def _gradient_sums(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """``needs``: dweight, dbias; what is not needed comes back empty."""
     *saved, activation, activation_args, needs = args
-    stage = _gradient_stage("gradient_sums", saved, activation, activation_args, (1, 0, 1))
+    stage = _gradient_stage(
+        "gradient_sums", saved, activation, activation_args, (True, False, True)
+    )
     dweight, dbias = _parameter_gradients(*saved[1:], needs)
     outputs = (None, None, dweight if needs[0] else None, dbias if needs[1] else None)
     return stage.run(_arguments(stage, saved, outputs)), dweight, dbias
@@ -224,7 +226,7 @@ def _input_gradients(x: Tensor, needs: Sequence[bool]) -> tuple[Tensor, Tensor]:
     return dx, dresidual
 
 
-_IMPLEMENTATIONS = {
+_IMPLEMENTATIONS: dict[str, Any] = {
     "moments": _moments,
     "apply_moments": _apply_moments,
     "gradient_sums": _gradient_sums,
