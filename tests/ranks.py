@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 WORLD = 3
-PATIENCE = 120.0  # seconds for one function; ranks that wait for each other wait for ever
+PATIENCE = 90.0  # seconds for one function; ranks that wait for each other wait for ever
 
 
 class Ranks:

@@ -49,7 +49,6 @@ CASES = (
     Case(residual=True, needs="wb"),
     Case(residual=True, needs="x", shape=(9, 2, 2), layout="channels_last"),
 )
-SIZES = ((2, 3), (1, 2, 3), (4, 0, 3))
 
 
 def batch(sizes: tuple[int, ...], case: Case) -> tuple[Tensor, Tensor, Tensor]:
@@ -105,8 +104,10 @@ def of_rank(
 @pytest.mark.parametrize(
     ("sizes", "way"),
     [
-        *((sizes, "kernels") for sizes in SIZES),
-        *((sizes, "fallback") for sizes in SIZES),
+        ((2, 3), "kernels"),
+        ((4, 0, 3), "kernels"),
+        ((2, 3), "fallback"),
+        ((4, 0, 3), "fallback"),
         ((1, 2, 3), "mixed"),  # one rank in PyTorch, two by kernels
     ],
     ids=str,
@@ -261,7 +262,7 @@ def compiled_of_rank(rank: int, group: Any, way: str) -> list[bool]:
         module.__dict__["_buffers"] = {n: b.clone() for n, b in eager.named_buffers()}
         compiled = torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=True)
         same = []
-        for n in (2, 3, 5):
+        for n in (2, 3):
             x = torch.randn(n + rank, 4, 7, dtype=torch.float64)
             z, outcomes = torch.randn_like(x), []
             for f in (eager, compiled):
