@@ -120,6 +120,18 @@ def test_other_modules_are_no_activation() -> None:
     assert of_module(nn.PReLU()) is None and of_module(Mine()) is None
 
 
+# dynamo makes an instance of the function itself, and warns about it
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_compiled_and_exported() -> None:
+    torch._dynamo.reset()
+    module, x = BatchNormAct2d(4, act_layer="silu"), torch.randn(3, 4, 2, 5)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), module(x))
+    program = torch.export.export(module.eval(), (x,))
+    called = [str(n.target) for n in program.graph.nodes if n.op == "call_function"]
+    assert called == ["aten.batch_norm.default", "aten.silu.default"]
+
+
 class Net(nn.Module):
     """As a model of timm or torchvision that takes its norm layer."""
 
