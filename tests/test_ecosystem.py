@@ -111,11 +111,12 @@ def test_inductor_on_the_cpu() -> None:
 EVAL_NORM = {"aten.batch_norm.default", "aten._native_batch_norm_legit_no_training.default"}
 
 
-def test_export_gives_torchs_own_nodes() -> None:
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_gives_torchs_own_nodes(strict: bool) -> None:
     net = pair()[0].eval()
     x = torch.randn(2, 3, 9, 8)
     batch = torch.export.Dim("batch", min=2)
-    program = torch.export.export(net, (x,), dynamic_shapes=({0: batch},))
+    program = torch.export.export(net, (x,), dynamic_shapes=({0: batch},), strict=strict)
     called = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
     assert sum(target in EVAL_NORM for target in called) == 2
     assert called.count("aten.relu.default") == 2
