@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread a worker: they share the cores
@@ -19,3 +23,12 @@ if os.environ["TRITON_INTERPRET"] == "1":
 
     collect_ignore += ["compiled", "gpu"]
     interpreter.install()
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Any]:
+    """Three processes in place of ranks, started when a test first asks for them."""
+    from tests.ranks import ranks
+
+    with ranks() as started:
+        yield started

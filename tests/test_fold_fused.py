@@ -11,16 +11,17 @@ from torch import Tensor, nn
 
 import tritonnorm
 from tests.fold_models import LIMIT, Net, bn, conv, error, positive, rand, trained
+from tritonnorm.activation import ACTIVATIONS
 from tritonnorm.fold import fold
-from tritonnorm.fold.fused import _MODULES
 from tritonnorm.fold.modules import ChannelShift
 
 SHAPE = (2, 4, 5, 5)
 
 
-@pytest.mark.parametrize("kind", _MODULES, ids=lambda kind: kind.__name__)
-def test_every_activation_goes_along(kind: type[nn.Module]) -> None:
-    act = kind(0.3) if kind in (nn.LeakyReLU, nn.ELU) else kind()
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_every_activation_goes_along(name: str) -> None:
+    activation = ACTIVATIONS[name]
+    act = activation.module(*(value + 0.3 for _, value in activation.defaults))
     model = trained(Net(lambda m, x: m.a(m.b(x.tanh())), a=act, b=bn(4)))
     x = rand(*SHAPE)
     folded, report = fold(model, x)

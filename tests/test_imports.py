@@ -33,7 +33,8 @@ KERNELS = ("kernels", "kernels.base")
 PURE_LEAVES = tuple(leaf for leaf in LEAVES if leaf not in ("report", "settings"))
 BELOW_OPS = (*LEAVES, *KERNELS, "plan", "recipe")
 BELOW_NN = (*BELOW_OPS, "ops", "autograd", "functional")
-ABOVE = (*BELOW_NN, "nn", "joined", "conv_nn")
+SYNC = ("sync", "sync_nn")
+ABOVE = (*BELOW_NN, "nn", "joined", "conv_nn", *SYNC)
 ROOMS = (
     Room("report", ours=(), theirs=("pandas",)),
     Room("reference", ours=("activation",)),
@@ -41,6 +42,11 @@ ROOMS = (
     Room("kernels._body", ours=("kernels._tile", "kernels._epilogue"), theirs=("triton",)),
     Room("kernels._*", ours=(), theirs=("triton",), without=("os",)),
     Room("kernels", ours=(*PURE_LEAVES, "kernels.*"), without=("os",)),
+    Room(
+        "kernels.synced",
+        ours=("problem", "kernels.base", "kernels.split", "kernels.streaming"),
+        without=("os",),
+    ),
     Room(
         "kernels.*",
         ours=(*PURE_LEAVES, "kernels._*", "kernels.base", "kernels.streaming"),
@@ -62,6 +68,9 @@ ROOMS = (
     Room("autograd", ours=(*LEAVES, "ops", "recipe")),
     Room("functional", ours=(*LEAVES, "autograd")),
     Room("nn", ours=(*LEAVES, "functional")),
+    Room("sync_ops", ours=(*BELOW_OPS, "ops", "kernels.synced")),
+    Room("sync", ours=(*LEAVES, "ops", "functional", "sync_ops")),
+    Room("sync_nn", ours=(*LEAVES, "nn", "sync")),
     Room("joined", ours=(*LEAVES, "nn")),
     Room("conv_nn", ours=("joined", "nn")),
     Room("fold_ops", ours=(*LEAVES, "kernels.folding")),

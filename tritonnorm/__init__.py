@@ -20,9 +20,13 @@ from .freeze import unfreeze as unfreeze
 from .nn import BatchNorm1d as BatchNorm1d
 from .nn import BatchNorm2d as BatchNorm2d
 from .nn import BatchNorm3d as BatchNorm3d
+from .nn import BatchNormAct2d as BatchNormAct2d
 from .replace import replace as replace
 from .replace import restore as restore
 from .report import Report as Report
+from .sync_nn import SyncBatchNorm as SyncBatchNorm
+from .sync_nn import convert_sync_batchnorm as convert_sync_batchnorm
+from .sync_nn import revert_sync_batchnorm as revert_sync_batchnorm
 
 if TYPE_CHECKING:
     from .plan import explain as explain

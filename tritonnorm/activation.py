@@ -108,6 +108,37 @@ def resolve(
     return found, given + tuple(value for _, value in found.defaults[len(given) :])
 
 
+_MODULES: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
+    nn.ReLU: ("relu", ()),
+    nn.ReLU6: ("relu6", ()),
+    nn.LeakyReLU: ("leaky_relu", ("negative_slope",)),
+    nn.Hardsigmoid: ("hardsigmoid", ()),
+    nn.Hardswish: ("hardswish", ()),
+    nn.Sigmoid: ("sigmoid", ()),
+    nn.Tanh: ("tanh", ()),
+    nn.SiLU: ("silu", ()),
+    nn.ELU: ("elu", ("alpha",)),
+    nn.Softplus: ("softplus", ("beta", "threshold")),
+    nn.Mish: ("mish", ()),
+}
+
+
+def of_module(module: nn.Module) -> tuple[str | None, tuple[float, ...]] | None:
+    """Name and parameters of what an activation module of torch computes.
+
+    ``(None, ())`` for `torch.nn.Identity`; None if the class is another, or a subclass.
+    """
+    kind = type(module)
+    if kind is nn.Identity:
+        return None, ()
+    if kind is nn.GELU:
+        return "gelu" if module.approximate == "none" else "gelu_tanh", ()
+    name, attributes = _MODULES.get(kind, (None, ()))
+    if name is None:
+        return None
+    return name, tuple(float(getattr(module, a)) for a in attributes)
+
+
 def apply(activation: Activation | None, args: Sequence[float], x: Tensor) -> Tensor:
     """The activation of `x` by PyTorch's own implementation."""
     return x if activation is None else activation.function(x, *args)

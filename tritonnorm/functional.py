@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -130,6 +131,26 @@ def _key(
     return (*kinds, activation, activation_args, *options)
 
 
+def examine(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    residual: Tensor | None,
+    num_batches_tracked: Tensor | None,
+) -> str | None:
+    """The checks of `batch_norm` for a part of a batch, which may be empty or a single value, and a
+    reason why the kernels cannot compute it, or None."""
+    tensors = (input, running_mean, running_var, weight, bias)
+    _check(
+        *tensors, True, momentum, eps, residual, num_batches_tracked, alone=False,
+    )  # fmt: skip
+    return surroundings(input) or _unsupported(*tensors)
+
+
 def _check(
     input: Tensor,
     running_mean: Tensor | None,
@@ -141,6 +162,7 @@ def _check(
     eps: float,
     residual: Tensor | None,
     num_batches_tracked: Tensor | None,
+    alone: bool = True,
 ) -> None:
     """Refuse what cannot be computed, before anything is launched or changed."""
     if input.dim() < 2:
@@ -165,7 +187,7 @@ def _check(
         _check_device(name, vector, input)
     if training and (running_mean is None) != (running_var is None):
         raise ValueError("running_mean, running_var: expected both or neither, got one")
-    if training and channels and input.numel() == channels:
+    if training and alone and channels and input.numel() == channels:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {input.shape}"
         )
@@ -268,16 +290,12 @@ _imported: Any = None
 
 
 def has_triton() -> bool:
-    """Whether triton can be imported; looked up once."""
-    global _triton
-    if _triton is None:
-        import importlib.util
-
-        _triton = importlib.util.find_spec("triton") is not None
+    """Whether triton can be imported."""
     return _triton
 
 
-_triton: bool | None = None
+# Looked up before a compiler can see it change, which would cost a second graph.
+_triton = importlib.util.find_spec("triton") is not None
 
 
 def _log_once(reason: str) -> None:

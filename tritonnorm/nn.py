@@ -3,11 +3,12 @@ originals.
 
 Each computes ``activation(batch_norm(input) + residual)``. They differ from their originals by two
 attributes, ``activation`` and ``activation_args``, and by the optional second argument of
-``forward``.
+``forward``. `BatchNormAct2d` has the signature of timm's instead, with the activation as a module.
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.overrides import has_torch_function
 
 from . import functional
-from .activation import resolve
+from .activation import of_module, resolve
 
 # torch >= 2.13 builds a batch norm with a weight and no bias.
 _HAS_BIAS_ARGUMENT = "bias" in inspect.signature(torch.nn.BatchNorm2d).parameters
@@ -60,6 +61,19 @@ class _FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             input: ``[N, C, ...]`` of the rank of the module's name.
             residual: shape and dtype of ``input``, added before the activation.
         """
+        return self._normalize(input, residual, self.activation, self.activation_args)
+
+    def epilogue(self) -> tuple[str | None, tuple[float, ...]] | None:
+        """Name and parameters of the activation; None if the module runs something else too."""
+        return self.activation, self.activation_args
+
+    def _normalize(
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        activation: str | None,
+        activation_args: tuple[float, ...],
+    ) -> Tensor:
         if not has_torch_function((input,)):
             self._check_input_dim(input)
         training = self.training
@@ -78,8 +92,8 @@ class _FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             # alone.
             0.0 if self.momentum is None and counter is None else self.momentum,
             self.eps,
-            activation=self.activation,
-            activation_args=self.activation_args,
+            activation=activation,
+            activation_args=activation_args,
             residual=residual,
             num_batches_tracked=counter,
         )
@@ -142,3 +156,92 @@ class BatchNorm3d(_FusedBatchNorm, torch.nn.BatchNorm3d):
 
     Arguments as in `BatchNorm1d`. Channels-last input gives channels-last output, without copies.
     """
+
+
+class BatchNormAct2d(BatchNorm2d):
+    """Batch norm over ``(N, C, H, W)``, drop and activation: the signature of timm's class of this
+    name, for models that take it as ``norm_layer``.
+
+    `act` and `drop` are submodules, as there, so a `state_dict` goes either way. One kernel runs
+    batch norm and activation if `act` is exactly a class of torch that
+    `tritonnorm.activation.ACTIVATIONS` has, without hooks, and `drop` does nothing. Otherwise the
+    three run one after the other. The attribute `activation` is not used.
+
+    Args:
+        num_features: C.
+        eps: added to the variance.
+        momentum: weight of a batch in the running statistics; None for a cumulative average.
+        affine: learn a weight and a bias per channel.
+        track_running_stats: keep running statistics, and use them in eval mode.
+        apply_act: False makes `act` an identity.
+        act_layer: class of the activation, or a function that makes one; the name of an activation
+            as `tritonnorm.BatchNorm2d` takes it; or None for no activation.
+        act_kwargs: its arguments.
+        inplace: given to ``act_layer`` if that takes it.
+        drop_layer: class of a module between the batch norm and the activation, or None.
+        device: of the parameters and buffers.
+        dtype: of the parameters and buffers.
+
+    Raises:
+        ValueError: ``act_layer`` is a name that is unknown.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        apply_act: bool = True,
+        act_layer: Any = torch.nn.ReLU,
+        act_kwargs: dict[str, Any] | None = None,
+        inplace: bool = True,
+        drop_layer: Any = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        self.drop = torch.nn.Identity() if drop_layer is None else drop_layer()
+        self.act = _activation_module(act_layer if apply_act else None, act_kwargs or {}, inplace)
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """``act(drop(batch_norm(input)) + residual)``.
+
+        Args:
+            input: ``[N, C, H, W]``.
+            residual: shape and dtype of ``input``, added before the activation.
+        """
+        found = self.epilogue()
+        if found is not None and not (_hooked(self.drop) or _hooked(self.act)):
+            return self._normalize(input, residual, *found)
+        y = self.drop(self._normalize(input, None, None, ()))
+        return self.act(y if residual is None else y + residual)
+
+    def epilogue(self) -> tuple[str | None, tuple[float, ...]] | None:
+        """Name and parameters of `act`; None if it, or `drop`, is more than that."""
+        drop, act = self.drop, self.act
+        dropout = isinstance(drop, torch.nn.modules.dropout._DropoutNd) and not drop.training
+        idle = dropout or type(drop) is torch.nn.Identity
+        return of_module(act) if idle else None
+
+
+def _activation_module(layer: Any, options: dict[str, Any], inplace: bool) -> torch.nn.Module:
+    """What timm's models mean by ``act_layer``."""
+    if isinstance(layer, str):
+        found, _ = resolve(layer)
+        layer = None if found is None else found.module
+    if layer is None:
+        return torch.nn.Identity()
+    if inplace and "inplace" not in options:
+        with contextlib.suppress(TypeError):
+            return layer(**options, inplace=True)
+    return layer(**options)
+
+
+def _hooked(module: torch.nn.Module) -> bool:
+    own = module.__dict__
+    return "forward" in own or any(own[name] for name in _HOOKS)
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

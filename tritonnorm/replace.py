@@ -165,7 +165,7 @@ def _reason(module: nn.Module) -> str | None:
     if parametrize.is_parametrized(module):
         return "it is parametrised, which has changed its class already"
     if isinstance(module, nn.SyncBatchNorm):
-        return "it synchronises its statistics between processes, which this version does not"
+        return "it synchronises its statistics between processes: see convert_sync_batchnorm"
     if type(module) not in SWAPS:
         path = f"{type(module).__module__}.{type(module).__qualname__}"
         return f"{path} is not exactly torch's class and may compute something else"

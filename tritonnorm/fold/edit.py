@@ -13,6 +13,7 @@ from tritonnorm.fold.algebra import Folded
 from tritonnorm.fold.inspect import OURS, Names, is_layer
 from tritonnorm.fold.modules import AddActivation, ChannelShift, Zero
 from tritonnorm.fold.sites import FUSED, LAYER, NORM, SHIFT, ZERO, Site, norm_parameters
+from tritonnorm.nn import BatchNormAct2d
 
 Tails = Mapping[nn.Module, nn.Module]
 
@@ -20,7 +21,9 @@ Tails = Mapping[nn.Module, nn.Module]
 def tail_of(bn: nn.Module, residual: bool = False) -> nn.Module | None:
     """What one of our batch norms does after the normalization; None for nothing."""
     found: nn.Module | None = None
-    if isinstance(bn, OURS):
+    if isinstance(bn, BatchNormAct2d):
+        found = None if type(bn.act) is nn.Identity else bn.act
+    elif isinstance(bn, OURS):
         activation, args = resolve(bn.activation, bn.activation_args)  # type: ignore[arg-type]
         found = None if activation is None else activation.module(*args)
     return AddActivation(found) if residual else found

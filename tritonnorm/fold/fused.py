@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from tritonnorm.activation import of_module
 from tritonnorm.fold import inspect
 from tritonnorm.fold.graph import Run, Span
 from tritonnorm.fold.sites import FUSED, IDENTITY, NORM, SHIFT, Site
@@ -15,20 +15,6 @@ from tritonnorm.fold.sites import FUSED, IDENTITY, NORM, SHIFT, Site
 if TYPE_CHECKING:
     from tritonnorm.fold.plan import Planner
 
-Arguments = tuple[float, ...]
-# Activation modules by class: the name in tritonnorm.activation, and how to read the parameters.
-_MODULES: dict[type[nn.Module], tuple[str, Callable[[Any], Arguments]]] = {
-    nn.ReLU: ("relu", lambda m: ()),
-    nn.ReLU6: ("relu6", lambda m: ()),
-    nn.LeakyReLU: ("leaky_relu", lambda m: (float(m.negative_slope),)),
-    nn.SiLU: ("silu", lambda m: ()),
-    nn.Hardswish: ("hardswish", lambda m: ()),
-    nn.Hardsigmoid: ("hardsigmoid", lambda m: ()),
-    nn.Sigmoid: ("sigmoid", lambda m: ()),
-    nn.Tanh: ("tanh", lambda m: ()),
-    nn.ELU: ("elu", lambda m: (float(m.alpha),)),
-    nn.Mish: ("mish", lambda m: ()),
-}
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -51,11 +37,10 @@ def fuse_activations(planner: Planner) -> None:
         calls = sum(len(run.spans.get(id(activation), ())) for run in planner.runs)
         if calls != len(planner.calls[bn]) or inspect.hooked(activation):
             continue
-        kind, read = _MODULES[type(activation)]
+        kind, numbers = of_module(activation) or (None, ())
+        assert kind is not None  # `_behind` found it
         role = FUSED if site.role == NORM else SHIFT
-        planner.out.sites[bn] = replace(
-            site, role=role, activation=(kind, read(activation)), changed=True
-        )
+        planner.out.sites[bn] = replace(site, role=role, activation=(kind, numbers), changed=True)
         planner.out.sites[activation] = Site(activation, IDENTITY, changed=True)
         planner.out.fused[name] = planner.names[activation]
 
@@ -73,6 +58,12 @@ def _behind(
 
     for key, spans in run.spans.items():
         module = by_id.get(key)
-        if module is not None and type(module) in _MODULES and any(map(around, spans)):
+        if module is not None and _named(module) and any(map(around, spans)):
             return module
     return None
+
+
+def _named(module: nn.Module) -> bool:
+    """Whether it is exactly an activation module of torch that kernels have."""
+    found = of_module(module)
+    return found is not None and found[0] is not None

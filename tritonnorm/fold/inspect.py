@@ -11,11 +11,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from tritonnorm import nn as ours
+from tritonnorm.sync_nn import SyncBatchNorm, SyncBatchNormAct2d
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 PRODUCERS: tuple[type[nn.Module], ...] = (*CONVS, *TRANSPOSED, nn.Linear)
-OURS: tuple[type[nn.Module], ...] = (ours.BatchNorm1d, ours.BatchNorm2d, ours.BatchNorm3d)
+OURS: tuple[type[nn.Module], ...] = (
+    ours.BatchNorm1d,
+    ours.BatchNorm2d,
+    ours.BatchNorm3d,
+    SyncBatchNorm,
+    ours.BatchNormAct2d,
+    SyncBatchNormAct2d,
+)
 FOLDABLE: tuple[type[nn.Module], ...] = (
     nn.BatchNorm1d,
     nn.BatchNorm2d,
@@ -46,6 +54,10 @@ def is_layer(module: nn.Module) -> bool:
 def is_plain_norm(module: nn.Module) -> bool:
     """Whether the module is a batch norm that computes what torch's or ours does."""
     own = type(module).forward
+    if isinstance(module, OURS):
+        unknown = module.epilogue() is None  # type: ignore[operator]
+        if unknown or any(map(hooked, module.children())):
+            return False
     return any(isinstance(module, base) and own is base.forward for base in FOLDABLE)
 
 

@@ -67,14 +67,15 @@ def record(model: nn.Module, calls: list[Call]) -> list[Run]:
 class _Recorder(StateGuard):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self.run = Run()
-        self.model = model
+        self.run, self.model = Run(), model
         self.memory: dict[int, Memory] = {}
         self.stack: list[Span] = []
         self.thread = threading.get_ident()
         self.owners: dict[int, list[nn.Module]] = {}
         self.state: dict[int, Tensor] = {}
-        self.whole: dict[int, bool] = {}
+        self.plain = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+        # Asked before the modules have hooks of ours.
+        self.whole = {id(m): is_layer(m) or is_plain_norm(m) for m in self.plain}
         for module in model.modules():
             for tensor in (*module._parameters.values(), *module._buffers.values()):
                 if isinstance(tensor, Tensor) and (key := storage_key(tensor)) is not None:
@@ -195,9 +196,7 @@ class _Recorder(StateGuard):
 
     def _whole(self, module: nn.Module) -> bool:
         """Whether a call of this module is one node."""
-        if id(module) not in self.whole:
-            self.whole[id(module)] = is_layer(module) or is_plain_norm(module)
-        return self.whole[id(module)]
+        return self.whole.get(id(module), False)
 
     def _inside(self) -> Span | None:
         """The call of a layer or plain batch norm in progress."""
@@ -224,10 +223,9 @@ class _Recorder(StateGuard):
 
         def __enter__(self) -> None:
             r = self.recorder
-            plain = [m for m in r.model.modules() if not isinstance(m, torch.jit.ScriptModule)]
             self.handles = [
                 handle
-                for module in plain
+                for module in r.plain
                 for handle in (
                     module.register_forward_pre_hook(r._before, with_kwargs=True),
                     module.register_forward_hook(r._after),
@@ -245,7 +243,8 @@ class _Recorder(StateGuard):
         if threading.get_ident() != self.thread:
             self.run.foreign[id(module)] = "call runs in another thread"
             return
-        given = [self._value(t)[0] for t in tensors_in((args, kwargs))]
+        shown = () if self._inside() else (args, kwargs)
+        given = [self._value(t)[0] for t in tensors_in(shown)]
         span = Span(module, len(self.run.nodes), inputs=given)
         if self._inside() is None and self._whole(module):
             if not 1 <= len(given) <= 2:
@@ -260,7 +259,7 @@ class _Recorder(StateGuard):
         span = self.stack.pop()
         if self._inside() is None and self._whole(module):
             self._close(span, result)
-        else:
+        elif self._inside() is None:
             span.outputs = [self._value(t, make=True)[0] for t in tensors_in(result)]
         if any(len(getattr(module, name)) > count for name, count in _HOOKS.items()):
             what = f"seen by a hook of {type(module).__name__}"
@@ -287,8 +286,7 @@ class _Recorder(StateGuard):
         if isinstance(module, OURS):
             if len(span.inputs) == 2:
                 tail.append(("add.Tensor", span.inputs[1:]))
-            name, numbers = module.activation, module.activation_args
-            activation, _ = resolve(name, numbers)  # type: ignore[arg-type]
+            activation, _ = resolve(*(module.epilogue() or (None,)))  # type: ignore[operator]
             if activation is not None:
                 tail.append((activation.name, []))
         elif len(span.inputs) == 2:

@@ -73,7 +73,7 @@ class Affine:
 
         def run(a: BackwardArguments) -> None:
             partial = partial_sums(problem, config, a.rstd) if sums else None
-            gradient(a, partial, None)
+            gradient(a, partial, None, None)
             if partial is not None:
                 combine(a, partial, None)
 

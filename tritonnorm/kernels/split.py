@@ -87,9 +87,10 @@ def moments_kernel(
 
 @triton.jit(do_not_specialize=["SPLITS"])
 def combine_moments_kernel(
-    partial_ptr,  # [3, SPLITS, C]
-    mean_ptr,  # [C] out
-    rstd_ptr,  # [C] out
+    partial_ptr,  # [3, SPLITS, C], or [SPLITS, 3, C] if SPLITS_FIRST
+    merged_ptr,  # [3, C] out: count, mean, centred second moment; or None
+    mean_ptr,  # [C] out, or None: the merged moments alone
+    rstd_ptr,  # [C] out, or None
     running_mean_ptr,  # [C] or None
     running_var_ptr,  # [C] or None
     counter_ptr,  # [] int64 or None
@@ -98,21 +99,25 @@ def combine_moments_kernel(
     C,
     SPLITS,
     CUMULATIVE: tl.constexpr,
+    SPLITS_FIRST: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
     """Merge the moments of all splits (all means first, then all deviations), finish the
     statistics."""
-    ACC: tl.constexpr = mean_ptr.dtype.element_ty
+    ACC: tl.constexpr = partial_ptr.dtype.element_ty
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     plane = tl.cast(SPLITS, tl.int64) * C
+    row = tl.cast(C, tl.int64)
+    if SPLITS_FIRST:
+        plane, row = row, row * 3
     count = tl.zeros([BLOCK_C], ACC)
     mean = tl.zeros([BLOCK_C], ACC)
     m2 = tl.zeros([BLOCK_C], ACC)
     for s0 in range(0, SPLITS, BLOCK_S):
         s = s0 + tl.arange(0, BLOCK_S)
         valid = (s < SPLITS)[:, None] & (c < C)[None, :]
-        at = partial_ptr + s.to(tl.int64)[:, None] * C + c[None, :]
+        at = partial_ptr + s[:, None] * row + c[None, :]
         block_count = tl.load(at, mask=valid, other=0.0)
         block_mean = tl.load(at + plane, mask=valid, other=0.0)
         block_m2 = tl.load(at + 2 * plane, mask=valid, other=0.0)
@@ -121,11 +126,38 @@ def combine_moments_kernel(
         delta = tl.where(valid, block_mean - centre[None, :], 0.0)
         spread = tl.sum(block_m2 + block_count * delta * delta, 0)
         count, mean, m2 = moments.merge_moments(count, mean, m2, total, centre, spread)
-    rstd = 1.0 / tl.sqrt(m2 / count + tl.full([], eps, ACC))
-    moments.store_statistics(
-        c, mean, m2, rstd, count, C, mean_ptr, rstd_ptr,
-        running_mean_ptr, running_var_ptr, counter_ptr, momentum, CUMULATIVE,
-    )  # fmt: skip
+    if merged_ptr is not None:
+        tl.store(merged_ptr + c, count, mask=c < C)
+        tl.store(merged_ptr + C + c, mean, mask=c < C)
+        tl.store(merged_ptr + 2 * tl.cast(C, tl.int64) + c, m2, mask=c < C)
+    if mean_ptr is not None:
+        rstd = 1.0 / tl.sqrt(m2 / count + tl.full([], eps, ACC))
+        moments.store_statistics(
+            c, mean, m2, rstd, count, C, mean_ptr, rstd_ptr,
+            running_mean_ptr, running_var_ptr, counter_ptr, momentum, CUMULATIVE,
+        )  # fmt: skip
+
+
+def moments_launch(problem: Problem, config: Config) -> Launch:
+    """`moments_kernel` over the whole tensor; takes it and its partial moments."""
+    return Launch(
+        *(moments_kernel, *over_chunks(problem, config), config.num_warps),
+        **config.geometry(problem),
+    )
+
+
+def combine_launches(problem: Problem, splits: int, splits_first: bool = False) -> list[Launch]:
+    """`combine_moments_kernel`, for running averages that are exponential and cumulative."""
+    c = problem.view.c
+    return [
+        Launch(
+            *(combine_moments_kernel, (cdiv(c, COMBINE["BLOCK_C"]),), (c, splits), 4),
+            CUMULATIVE=cumulative,
+            SPLITS_FIRST=splits_first,
+            **COMBINE,
+        )
+        for cumulative in (False, True)
+    ]
 
 
 class Split:
@@ -170,18 +202,8 @@ class Split:
         self, problem: Problem, config: Config, epilogue: EpilogueArguments
     ) -> Callable[[ForwardArguments], None]:
         c, splits = problem.view.c, splits_for(config, problem)[0]
-        moments_of_splits = Launch(
-            *(moments_kernel, *over_chunks(problem, config), config.num_warps),
-            **config.geometry(problem),
-        )
-        combine = [
-            Launch(
-                *(combine_moments_kernel, (cdiv(c, COMBINE["BLOCK_C"]),), (c, splits), 4),
-                CUMULATIVE=cumulative,
-                **COMBINE,
-            )
-            for cumulative in (False, True)
-        ]
+        moments_of_splits = moments_launch(problem, config)
+        combine = combine_launches(problem, splits)
         apply = apply_launch(problem, config, epilogue, given=False)
 
         def run(a: ForwardArguments) -> None:
@@ -189,7 +211,7 @@ class Split:
             partial = a.mean.new_empty((3, splits, c))
             moments_of_splits(a.x, partial)
             combine[advance_counter(a)](
-                *(partial, a.mean, a.rstd, a.running_mean, a.running_var, a.counter),
+                *(partial, None, a.mean, a.rstd, a.running_mean, a.running_var, a.counter),
                 *(a.eps, 0.0 if a.momentum is None else a.momentum),
             )
             apply(a, a.mean, a.rstd)
@@ -211,10 +233,10 @@ class Split:
             whole: torch.Tensor | None = None
             if sums:
                 partial = partial_sums(problem, config, a.rstd)
-                first(a, partial, None)
+                first(a, partial, None, None)
                 whole = a.rstd.new_empty((2, problem.view.c)) if problem.needs_dx else None
                 combine(a, partial, whole)
             if writes:
-                second(a, None, whole)
+                second(a, None, whole, None)
 
         return run

@@ -121,6 +121,7 @@ def gradient_kernel(
     bias_ptr,  # [C] or None
     partial_ptr,  # [2, SPLITS, C] sums of g and of g * (x - mean), out, or None
     sums_ptr,  # [2, C] the same over the whole channel, in, or None: given statistics
+    count_ptr,  # [C] values that those are sums of, or None: the N * P at hand
     N,
     C,
     P,
@@ -153,7 +154,10 @@ def gradient_kernel(
     rstd = tl.load(rstd_ptr + c, mask=c < C, other=0.0)
     scale, shift = epilogue.affine_parameters(c, C, rstd, weight_ptr, bias_ptr)
     if sums_ptr is not None:
-        total = tl.cast(N, ACC) * tl.cast(P, ACC)
+        if count_ptr is None:
+            total = tl.cast(N, ACC) * tl.cast(P, ACC)
+        else:
+            total = tl.load(count_ptr + c, mask=c < C, other=1.0)
         mean_g = tl.load(sums_ptr + c, mask=c < C, other=0.0) / total
         slope = tl.load(sums_ptr + C + c, mask=c < C, other=0.0) / total * rstd * rstd
     sum_g = tl.zeros([BLOCK_C], ACC)
@@ -280,11 +284,11 @@ def gradient_launch(
     sums: bool,
     corrects: bool,
     writes: bool,
-) -> Callable[[BackwardArguments, torch.Tensor | None, torch.Tensor | None], None]:
+) -> Callable[..., None]:
     """`gradient_kernel` over the whole tensor.
 
-    What comes back takes partial sums to write, if it ``sums``, and the whole sums that dx is
-    corrected with, if it ``corrects``. It ``writes`` the gradients or only sums.
+    What comes back takes partial sums to write, if it ``sums``, the whole sums that dx is corrected
+    with, if it ``corrects``, and the count behind them. It ``writes`` the gradients or only sums.
     """
     recomputes = problem.activity != "none" and not problem.mask
     launch = Launch(
@@ -296,12 +300,9 @@ def gradient_launch(
         **config.geometry(problem),
     )
 
-    def run(a: BackwardArguments, partial: torch.Tensor | None, whole: torch.Tensor | None) -> None:
+    def run(a: BackwardArguments, *vectors: torch.Tensor | None) -> None:
         outputs = (a.dx, a.dresidual) if writes else (None, None)
-        launch(
-            *(a.dy, a.x, a.residual, a.mask, *outputs, a.mean, a.rstd, a.weight, a.bias),
-            *(partial, whole),
-        )
+        launch(a.dy, a.x, a.residual, a.mask, *outputs, a.mean, a.rstd, a.weight, a.bias, *vectors)
 
     return run
 
