@@ -42,6 +42,12 @@ ROOMS = (
     Room("kernels._*", ours=(), theirs=("triton",), without=("os",)),
     Room("kernels", ours=(*PURE_LEAVES, "kernels.*"), without=("os",)),
     Room(
+        "kernels.masked_launches",
+        ours=(*PURE_LEAVES, "kernels.masked", "kernels.base", "kernels.streaming"),
+        theirs=("torch", "triton"),
+        without=("os",),
+    ),
+    Room(
         "kernels.*",
         ours=(*PURE_LEAVES, "kernels._*", "kernels.base", "kernels.streaming"),
         theirs=("torch", "triton"),
@@ -62,6 +68,9 @@ ROOMS = (
     Room("autograd", ours=(*LEAVES, "ops", "recipe")),
     Room("functional", ours=(*LEAVES, "autograd")),
     Room("nn", ours=(*LEAVES, "functional")),
+    Room("masked_ops", ours=(*LEAVES, "kernels.masked_launches")),
+    Room("sequences", ours=(*LEAVES, "functional", "masked_ops")),
+    Room("recurrent", ours=("sequences",)),
     Room("joined", ours=(*LEAVES, "nn")),
     Room("conv_nn", ours=("joined", "nn")),
     Room("fold_ops", ours=(*LEAVES, "kernels.folding")),
@@ -72,7 +81,7 @@ ROOMS = (
     Room("fold.*", ours=(*ABOVE, "fold", "fold.*")),
     Room("cli*", ours=("*", ""), theirs=("torch", "triton", "safetensors")),
     Room("__main__", ours=("cli.*",)),
-    Room("", ours=(*ABOVE, "replace", "freeze", "fold", "fold.*")),
+    Room("", ours=(*ABOVE, "sequences", "recurrent", "replace", "freeze", "fold", "fold.*")),
 )
 
 

@@ -23,6 +23,8 @@ from .nn import BatchNorm3d as BatchNorm3d
 from .replace import replace as replace
 from .replace import restore as restore
 from .report import Report as Report
+from .sequences import MaskedBatchNorm1d as MaskedBatchNorm1d
+from .sequences import masked_batch_norm as masked_batch_norm
 
 if TYPE_CHECKING:
     from .plan import explain as explain
