@@ -20,6 +20,9 @@ from .freeze import unfreeze as unfreeze
 from .nn import BatchNorm1d as BatchNorm1d
 from .nn import BatchNorm2d as BatchNorm2d
 from .nn import BatchNorm3d as BatchNorm3d
+from .recurrent import BatchNormLSTM as BatchNormLSTM
+from .recurrent import BatchNormLSTMCell as BatchNormLSTMCell
+from .recurrent import RecurrentBatchNorm as RecurrentBatchNorm
 from .replace import replace as replace
 from .replace import restore as restore
 from .report import Report as Report
