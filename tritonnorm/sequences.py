@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import functional, reference
-from .activation import Activation, resolve
+from .activation import Activation, apply, resolve
 
 Layout = Literal["NCL", "NLC"]
 
@@ -103,7 +104,8 @@ def masked_batch_norm(
     else:
         functional._log_once(reason)
         running = (running_mean, running_var, counter)
-        y = _by_torch(x, keep, weight, bias, running, *options, act, act_args)
+        by = _by_index if _host_knows(x) else _by_operations
+        y = by(x, keep, weight, bias, running, *options, act, act_args)
     return y.mT if layout == "NLC" else y
 
 
@@ -132,7 +134,20 @@ def valid_positions(
     return torch.arange(length, device=device) < lengths[:, None]
 
 
-def _by_torch(
+def _host_knows(x: Tensor) -> bool:
+    """Whether positions can be picked by index: where nothing waits and nothing is traced."""
+    return (
+        x.device.type == "cpu"
+        and x.__class__ in (Tensor, torch.nn.Parameter)
+        and x.dtype.is_floating_point
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._len_torch_dispatch_stack()
+    )
+
+
+def _by_index(
     x: Tensor,
     keep: Tensor,
     weight: Tensor | None,
@@ -144,7 +159,37 @@ def _by_torch(
     act: Activation | None,
     args: Sequence[float],
 ) -> Tensor:
-    """The same in PyTorch operations, which autograd differentiates."""
+    """The valid positions picked by index, through PyTorch's batch norm, and put back."""
+    n, c, length = x.shape
+    at = keep.reshape(-1).nonzero()[:, 0]
+    if training and len(at) < 2:
+        return _by_operations(x, keep, weight, bias, running, training, momentum, eps, act, args)
+    mean, var, counter = running
+    if counter is not None:
+        counter.add_(1)
+        momentum = 1.0 / float(counter) if momentum is None else momentum
+    rows = x.movedim(1, 2).reshape(n * length, c)
+    picked = rows if len(at) == len(rows) else rows.index_select(0, at)
+    y = F.batch_norm(picked, mean, var, weight, bias, training, momentum or 0.0, eps)
+    y = apply(act, args, y)
+    if picked is not rows:
+        y = rows.new_zeros(rows.shape).index_copy(0, at, y)
+    return y.reshape(n, length, c).movedim(2, 1)
+
+
+def _by_operations(
+    x: Tensor,
+    keep: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running: tuple[Tensor | None, Tensor | None, Tensor | None],
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    act: Activation | None,
+    args: Sequence[float],
+) -> Tensor:
+    """The same in PyTorch operations of fixed shapes, for devices and tracers."""
     wide = torch.promote_types(x.dtype, torch.float32)
     x_, w, b = (None if t is None else t.to(wide) for t in (x, weight, bias))
     assert x_ is not None
