@@ -132,6 +132,19 @@ def test_the_layer_trains_on_padded_sequences(monkeypatch: pytest.MonkeyPatch) -
     torch.testing.assert_close(layer.cell.norm_ih.running_mean[5], 0.1 * projected.mean(0))
 
 
+@pytest.mark.parametrize("disabled", ["0", "1"])
+def test_statistics_that_moved_do_not_stop_a_backward(
+    disabled: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All steps share their buffers; some have one sequence left, and two share the last row."""
+    monkeypatch.setenv("TRITONNORM_DISABLE", disabled)
+    layer = BatchNormLSTM(4, 3, 4)
+    y, _ = layer(batch(6, 3, 4), torch.tensor([6, 2, 1]))
+    y.sum().backward()
+    layer(batch(6, 3, 4))[0].sum().backward()
+    assert all(p.grad.isfinite().all() for p in layer.parameters())
+
+
 def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="max_length: expected at least 1, got 0"):
         RecurrentBatchNorm(3, 0)

@@ -162,8 +162,9 @@ def _by_index(
     """The valid positions picked by index, through PyTorch's batch norm, and put back."""
     n, c, length = x.shape
     at = keep.reshape(-1).nonzero()[:, 0]
-    if training and len(at) < 2:
-        return _by_operations(x, keep, weight, bias, running, training, momentum, eps, act, args)
+    if training and len(at) < 2:  # nothing is tracked
+        nothing = (None, None, None)
+        return _by_operations(x, keep, weight, bias, nothing, training, momentum, eps, act, args)
     mean, var, counter = running
     if counter is not None:
         counter.add_(1)

@@ -55,7 +55,9 @@ def cnn(channels: int, classes: int, norm: str, *, width: int = 16) -> nn.Sequen
                 parts.append(norm_class("GroupNorm")(groups, out))
             parts.append(nn.ReLU())
         channels = out
-    return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+    return nn.Sequential(
+        *parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes)
+    )
 
 
 class _LayerNormLSTM(nn.Module):
@@ -106,7 +108,7 @@ class _LSTMClassifier(nn.Module):
         return self.classifier(found[1][0] if self.batch else found)
 
 
-def lstm(features: int, classes: int, norm: str, *, hidden: int = 48, steps: int = 16) -> nn.Module:
+def lstm(features: int, classes: int, norm: str, *, hidden: int = 32, steps: int = 16) -> nn.Module:
     """An LSTM whose last state of each sequence is classified. All start from the same kind of
     weights: orthogonal, with 1 for the bias of the forget gate."""
     return _LSTMClassifier(features, classes, norm, hidden, steps)
@@ -126,7 +128,9 @@ class _Block(nn.Module):
 
         self.first, self.second = made(), made()
         self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
-        self.layers = nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, width))
+        self.layers = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, width)
+        )
 
     def forward(self, x: Tensor, keep: Tensor) -> Tensor:
         mask = (keep,) if self.batch else ()

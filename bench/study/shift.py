@@ -19,6 +19,12 @@ from bench.study.training import Tick, Verdict, paired, train
 
 NAME = "shift"
 TITLE = "Internal covariate shift: the inputs of each layer over training"
+ABOUT = (
+    "The inputs of the layers of the sigmoid MLP, measured every 20 steps on the same 256 training "
+    "images: mean and standard deviation of each unit, then averaged over units. The way of the means "
+    "adds up how far they moved between two looks, in standard deviations at the earlier one. With "
+    "batch norm the network normalizes what enters a sigmoid, so part of this holds by construction."
+)
 LAYERS = 3
 # With batch norm any of the rates of `convergence` would do; without it the network only learns
 # at this one.
@@ -63,9 +69,14 @@ def measure(
                 path[i] += float(moved.mean()) if done else 0.0
                 rows.append(
                     {
-                        **{"norm": norm, "seed": seed, "layer": i + 2, "step": done},
-                        **{"mean": float(mean.mean()), "std": float(std.mean())},
-                        **{"path": path[i], "test": run.test if done else math.nan},
+                        "norm": norm,
+                        "seed": seed,
+                        "layer": i + 2,
+                        "step": done,
+                        "mean": float(mean.mean()),
+                        "std": float(std.mean()),
+                        "path": path[i],
+                        "test": run.test if done else math.nan,
                     }
                 )
             before = now
@@ -134,7 +145,9 @@ def verdicts(frame: pd.DataFrame) -> list[Verdict]:
             f"classifier travelled {spread(path['batch'].mean(), path['batch'].std(ddof=1))} of "
             f"their own standard deviations with batch norm and "
             f"{spread(path['none'].mean(), path['none'].std(ddof=1))} without (test accuracy "
-            f"{reached}).".replace(f"the {layers} hidden layers and the classifier", f"layers 2 to {layers + 1}"),
+            f"{reached}).".replace(
+                f"the {layers} hidden layers and the classifier", f"layers 2 to {layers + 1}"
+            ),
         ),
         Verdict(
             "batch norm keeps signals from fading in a deep network",
@@ -172,7 +185,10 @@ def draw(frame: pd.DataFrame, about: str) -> Figure:
                 )  # fmt: skip
             if row == 0:
                 name = "classifier" if layer == layers[-1] else f"hidden layer {layer}"
-                axes.set_title(f"inputs of the {name}" if layer == layers[-1] else f"inputs of {name}", fontsize=10)
+                axes.set_title(
+                    f"inputs of the {name}" if layer == layers[-1] else f"inputs of {name}",
+                    fontsize=10,
+                )
             else:
                 axes.set_xlabel("step")
     panels[0][0].set_ylabel("mean of a unit")

@@ -15,7 +15,17 @@ from torch import Tensor, nn
 
 from bench.study.data import Images
 
-__all__ = ["Difference", "Experiment", "Run", "Tick", "Verdict", "accuracy", "chosen", "paired", "train"]
+__all__ = [
+    "Difference",
+    "Experiment",
+    "Run",
+    "Tick",
+    "Verdict",
+    "accuracy",
+    "chosen",
+    "paired",
+    "train",
+]
 
 Tick = Callable[[str], None]
 Inputs = tuple[Tensor, ...]
@@ -29,9 +39,12 @@ class Verdict:
     held: bool | None
     found: str
 
+    @property
+    def word(self) -> str:
+        return {True: "Held", False: "Did not hold", None: "Not told apart"}[self.held]
+
     def __str__(self) -> str:
-        word = {True: "Held", False: "Did not hold", None: "Not told apart"}[self.held]
-        return f"{word}: {self.found} (The claim: {self.claim}.)"
+        return f"{self.word}: {self.found} (The claim: {self.claim}.)"
 
 
 class Experiment(Protocol):
@@ -39,6 +52,7 @@ class Experiment(Protocol):
 
     NAME: str
     TITLE: str
+    ABOUT: str
 
     def units(self, quick: bool) -> int:
         """How often `measure` ticks for a seed."""
@@ -147,7 +161,11 @@ class Difference:
     @property
     def sign(self) -> int:
         """1 or -1 if the interval lies on one side of zero, else 0."""
-        return 0 if abs(self.mean) <= self.half or math.isnan(self.half) else int(math.copysign(1, self.mean))
+        return (
+            0
+            if abs(self.mean) <= self.half or math.isnan(self.half)
+            else int(math.copysign(1, self.mean))
+        )
 
 
 def paired(a: pd.Series, b: pd.Series) -> Difference:
