@@ -18,10 +18,10 @@ from bench.study.training import Tick, Verdict, chosen, paired, train
 NAME = "architectures"
 TITLE = "Architectures: a recurrent network and a transformer"
 ABOUT = (
-    "Images are read as sequences of 16 patches without the blank ones, so their lengths differ (7 to "
-    "16 for digits) and the rest is padding. The LSTM has batch norm by time step (Cooijmans et al., "
-    "2016), the transformer masked batch norm; neither sees the padding. Adam, at the better of two "
-    "learning rates by validation accuracy."
+    "Images are read as sequences of 16 patches without the blank ones, so their lengths differ "
+    "(7 to 16 for digits) and the rest is padding. The LSTM has batch norm by time step (Cooijmans "
+    "et al., 2016), the transformer masked batch norm; neither sees the padding. Adam, at the "
+    "better of two learning rates by validation accuracy."
 )
 NETWORKS = {"LSTM": models.lstm, "transformer": models.transformer}
 NORMS = ("batch", "layer", "none")

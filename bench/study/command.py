@@ -112,7 +112,10 @@ def main(
     }
     facts = {
         **environment(None, arguments=["study", *_flags(quick, only)]),
-        **{"data": what, "name": images.name, "by": by, "repeats": len(seeds)},
+        "data": what,
+        "name": images.name,
+        "by": by,
+        "repeats": len(seeds),
         "seconds": time.monotonic() - begin,
     }
     out.mkdir(parents=True, exist_ok=True)
@@ -179,8 +182,8 @@ def computed_by(device: str) -> str:
             "Batch norms run as tritonnorm's kernels in Triton's interpreter on this CPU, slowly."
         )
     return (
-        f"No GPU ({platform.machine()}): the modules are tritonnorm {tritonnorm.__version__}'s, and "
-        "on a CPU they compute with PyTorch's operations; on a GPU they run their kernels."
+        f"No GPU ({platform.machine()}): the modules are tritonnorm {tritonnorm.__version__}'s, "
+        "and on a CPU they compute with PyTorch's operations; on a GPU they run their kernels."
     )
 
 

@@ -57,8 +57,9 @@ def legend(fig: Figure, axes: Axes, **options: Any) -> None:
     """One legend for the whole figure, in its head."""
     handles, labels = axes.get_legend_handles_labels()
     whole = fig.get_figheight()
+    corner = (0.05 / fig.get_figwidth(), 1 - 0.55 / whole)
     fig.legend(
-        handles, labels, loc="upper left", bbox_to_anchor=(0.05 / fig.get_figwidth(), 1 - 0.55 / whole),
+        handles, labels, loc="upper left", bbox_to_anchor=corner,
         ncols=len(labels), fontsize=9.5, frameon=False, **options,
     )  # fmt: skip
 

@@ -57,7 +57,8 @@ def page(sections: Sequence[Section], facts: dict[str, Any], folder: Path) -> st
         f"{facts['data']} pixels, {facts['repeats']} repeats. {facts['by']}",
         "",
         METHOD,
-        f"`{facts['command']}`, {facts['date']}, commit {(facts['commit'] or 'unknown')[:12]}{state}, "
+        f"`{facts['command']}`, {facts['date']}, commit "
+        f"{(facts['commit'] or 'unknown')[:12]}{state}, "
         f"torch {versions['torch']}, Python {versions['python']}, {facts['host']['cpu']}, "
         f"{facts['seconds']:.0f} s.",
         "",

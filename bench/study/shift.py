@@ -21,9 +21,10 @@ NAME = "shift"
 TITLE = "Internal covariate shift: the inputs of each layer over training"
 ABOUT = (
     "The inputs of the layers of the sigmoid MLP, measured every 20 steps on the same 256 training "
-    "images: mean and standard deviation of each unit, then averaged over units. The way of the means "
-    "adds up how far they moved between two looks, in standard deviations at the earlier one. With "
-    "batch norm the network normalizes what enters a sigmoid, so part of this holds by construction."
+    "images: mean and standard deviation of each unit, then averaged over units. The way of the "
+    "means adds up how far they moved between two looks, in standard deviations at the earlier "
+    "one. With batch norm the network normalizes what enters a sigmoid, so part of this holds by "
+    "construction; and a unit that hardly varies travels far by a small step."
 )
 LAYERS = 3
 # With batch norm any of the rates of `convergence` would do; without it the network only learns
@@ -138,16 +139,15 @@ def verdicts(frame: pd.DataFrame) -> list[Verdict]:
     held = {1: True, -1: False, 0: None}
     return [
         Verdict(
-            "batch norm keeps the distribution of each layer's inputs from moving while the network "
-            "trains (Ioffe and Szegedy, 2015; Santurkar et al., 2018, doubt that this is why it helps)",
+            "batch norm keeps the distribution of each layer's inputs from moving while the "
+            "network trains (Ioffe and Szegedy, 2015; Santurkar et al., 2018, doubt that this is "
+            "why it helps)",
             held[less.sign],
-            f"over {steps} steps the means of the inputs of the {layers} hidden layers and the "
-            f"classifier travelled {spread(path['batch'].mean(), path['batch'].std(ddof=1))} of "
-            f"their own standard deviations with batch norm and "
+            f"over {steps} steps the means of the inputs of layers 2 to {layers + 1} travelled "
+            f"{spread(path['batch'].mean(), path['batch'].std(ddof=1))} of their own standard "
+            f"deviations with batch norm and "
             f"{spread(path['none'].mean(), path['none'].std(ddof=1))} without (test accuracy "
-            f"{reached}).".replace(
-                f"the {layers} hidden layers and the classifier", f"layers 2 to {layers + 1}"
-            ),
+            f"{reached}).",
         ),
         Verdict(
             "batch norm keeps signals from fading in a deep network",
@@ -164,7 +164,7 @@ def draw(frame: pd.DataFrame, about: str) -> Figure:
     repeats = frame["seed"].nunique()
     fig, panels = figure(
         "What enters each layer while a sigmoid network trains, with and without batch norm",
-        f"{about}; SGD, rate {RATE:g}; line: mean over units and {repeats} runs; band: std over runs",
+        f"{about}; SGD, rate {RATE:g}; mean over units and {repeats} runs; band: std over runs",
         2,
         len(layers),
         width=9.6,
@@ -184,14 +184,11 @@ def draw(frame: pd.DataFrame, about: str) -> Figure:
                     alpha=0.25, linewidth=0,
                 )  # fmt: skip
             if row == 0:
-                name = "classifier" if layer == layers[-1] else f"hidden layer {layer}"
-                axes.set_title(
-                    f"inputs of the {name}" if layer == layers[-1] else f"inputs of {name}",
-                    fontsize=10,
-                )
+                name = "the classifier" if layer == layers[-1] else f"hidden layer {layer}"
+                axes.set_title(f"inputs of {name}", fontsize=10)
             else:
                 axes.set_xlabel("step")
     panels[0][0].set_ylabel("mean of a unit")
-    panels[1][0].set_ylabel("standard deviation of a unit")
+    panels[1][0].set_ylabel("std of a unit")
     legend(fig, panels[0][0])
     return fig
