@@ -171,7 +171,7 @@ class Moments(NamedTuple):
 
     mean: Tensor
     var: Tensor
-    count: Tensor
+    number: Tensor
 
 
 def masked_moments(x: Tensor, keep: Tensor) -> Moments:

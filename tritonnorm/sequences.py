@@ -76,10 +76,9 @@ def masked_batch_norm(
     if mask is not None and lengths is not None:
         raise ValueError("mask, lengths: expected one of them, got both")
     x = input.mT if layout == "NLC" else input
-    options: tuple[Any, ...] = (training, momentum, eps)
     if mask is None and lengths is None:
         y = functional.batch_norm(
-            *(x, running_mean, running_var, weight, bias, *options),
+            *(x, running_mean, running_var, weight, bias, training, momentum, eps),
             activation=activation,
             activation_args=activation_args,
             num_batches_tracked=num_batches_tracked,
@@ -87,7 +86,16 @@ def masked_batch_norm(
         return y.mT if layout == "NLC" else y
     act, act_args = resolve(activation, activation_args)
     functional._check(
-        x, running_mean, running_var, weight, bias, *options, None, num_batches_tracked
+        x,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        training,
+        momentum,
+        eps,
+        None,
+        num_batches_tracked,
     )
     keep = valid_positions(x.shape[0], x.shape[2], mask, lengths, x.device)
     counter = num_batches_tracked if training else None
@@ -99,13 +107,13 @@ def masked_batch_norm(
 
         y = masked_ops.masked_batch_norm(
             x, keep.contiguous().view(torch.uint8), weight, bias, running_mean, running_var,
-            counter, *options, act.name if act else "", act_args,
+            counter, training, momentum, eps, act.name if act else "", act_args,
         )  # fmt: skip
     else:
         functional._log_once(reason)
         running = (running_mean, running_var, counter)
         by = _by_index if _host_knows(x) else _by_operations
-        y = by(x, keep, weight, bias, running, *options, act, act_args)
+        y = by(x, keep, weight, bias, running, training, momentum, eps, act, act_args)
     return y.mT if layout == "NLC" else y
 
 
@@ -213,10 +221,10 @@ def _track(
     momentum: float | None,
 ) -> None:
     """Move the running statistics, unless the batch has fewer than two valid positions."""
-    tracked = found.count > 1
+    tracked = found.number > 1
     if counter is not None:
         counter.add_(tracked)
-    count = found.count.to(found.var.dtype)
+    count = found.number.to(found.var.dtype)
     unbiased = found.var * (count / (count - 1).clamp(min=1))
     for running, new in ((running_mean, found.mean), (running_var, unbiased)):
         if running is not None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from torch import nn
 
 from bench.study import models
 from bench.study.data import Images, sequences
@@ -23,7 +25,10 @@ ABOUT = (
     "et al., 2016), the transformer masked batch norm; neither sees the padding. Adam, at the "
     "better of two learning rates by validation accuracy."
 )
-NETWORKS = {"LSTM": models.lstm, "transformer": models.transformer}
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "LSTM": models.lstm,
+    "transformer": models.transformer,
+}
 NORMS = ("batch", "layer", "none")
 RATES, QUICK_RATES = (3e-3, 1e-2), (1e-2,)
 STEPS, QUICK_STEPS = 300, 40

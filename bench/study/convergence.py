@@ -22,8 +22,11 @@ ABOUT = (
     "made for sigmoids would help the MLP without batch norm. Steps count until the target is "
     "reached on the test images, looked at every 10 steps."
 )
-RATES = {"MLP": (0.03, 0.1, 0.3, 1.0, 3.0, 10.0), "CNN": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)}
-QUICK_RATES = {"MLP": (0.1, 1.0, 3.0), "CNN": (0.1, 0.3)}
+RATES: dict[str, tuple[float, ...]] = {
+    "MLP": (0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
+    "CNN": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
+}
+QUICK_RATES: dict[str, tuple[float, ...]] = {"MLP": (0.1, 1.0, 3.0), "CNN": (0.1, 0.3)}
 STEPS, QUICK_STEPS = 1500, 200
 BATCH = 64
 
