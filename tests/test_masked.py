@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 from unittest import mock
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 import tritonnorm
 from bench.lab.traffic import trace
+from bench.launches import observe
 from tests.matrix import poisoned
 from tritonnorm import reference, sequences
 from tritonnorm.device import Device
@@ -43,13 +45,20 @@ def filled(x: Tensor, keep: Tensor, value: float = NAN) -> Tensor:
 
 
 def call(
-    x: Tensor, keep: Tensor, dy: Tensor, layout: str, training: bool, v: dict[str, Any]
+    x: Tensor,
+    keep: Tensor,
+    dy: Tensor,
+    layout: str,
+    training: bool,
+    v: dict[str, Any],
+    device: str = "cpu",
 ) -> dict[str, Tensor]:
     """Output, gradients, running statistics and counter of one call, all as [N, C, L]."""
     last = layout == "NLC"
-    running = {n: v[n].clone() for n in ("running_mean", "running_var", "counter")}
+    x, keep, dy = (t.to(device) for t in (x, keep, dy))
+    running = {n: v[n].clone().to(device) for n in ("running_mean", "running_var", "counter")}
     leaves = [(x.mT.contiguous() if last else x).detach().requires_grad_()]
-    leaves += [v[n].detach().requires_grad_() for n in ("weight", "bias")]
+    leaves += [v[n].to(device).detach().requires_grad_() for n in ("weight", "bias")]
     y = masked_batch_norm(
         leaves[0], running["running_mean"], running["running_var"], *leaves[1:], training,
         v["momentum"], EPS, mask=keep, layout=layout, activation=v["activation"],
@@ -57,7 +66,8 @@ def call(
     )  # fmt: skip
     dx, dw, db = torch.autograd.grad(y, leaves, dy.mT if last else dy)
     y, dx = (t.mT if last else t for t in (y.detach(), dx))
-    return {"y": y, "dx": dx, "dweight": dw, "dbias": db, **running}
+    found = {"y": y, "dx": dx, "dweight": dw, "dbias": db, **running}
+    return {name: t.cpu() for name, t in found.items()}
 
 
 def vectors(c: int, kind: torch.dtype, **options: Any) -> dict[str, Any]:
@@ -73,7 +83,13 @@ def vectors(c: int, kind: torch.dtype, **options: Any) -> dict[str, Any]:
 
 
 def check(
-    x: Tensor, keep: Tensor, layout: str, dtype: torch.dtype, training: bool, **options: Any
+    x: Tensor,
+    keep: Tensor,
+    layout: str,
+    dtype: torch.dtype,
+    training: bool,
+    device: str = "cpu",
+    **options: Any,
 ) -> None:
     """Every result within twice the error of the same in PyTorch operations, and a few ulp."""
     c = x.shape[1]
@@ -83,16 +99,18 @@ def check(
     dy = torch.randn(x.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     dy = dy.to(dtype)
     garbage, dy_garbage = filled(x, keep), filled(dy, keep)
-    with poisoned(), trace() as seen:
-        ours = call(garbage, keep, dy_garbage, layout, training, v)
-    seen.raise_on_race()
-    assert {x.kernel for x in seen.launches} >= {"masked_apply_kernel", "masked_gradient_kernel"}
-    assert seen.atomic == 0
-    with mock.patch.dict("os.environ", {"TRITONNORM_DISABLE": "1"}), trace() as none:
-        torchs = call(garbage, keep, dy_garbage, layout, training, v)
+    arguments = (garbage, keep, dy_garbage, layout, training, v, device)
+    with poisoned(), observe() as ran, trace() if device == "cpu" else nullcontext() as seen:
+        ours = call(*arguments)
+    assert {*ran.interpreted, *ran.compiled} >= {"masked_apply_kernel", "masked_gradient_kernel"}
+    if seen is not None:
+        seen.raise_on_race()
+        assert seen.atomic == 0
+    with mock.patch.dict("os.environ", {"TRITONNORM_DISABLE": "1"}), observe() as none:
+        torchs = call(*arguments)
         with mock.patch.object(sequences, "_host_knows", return_value=False):
-            traced = call(garbage, keep, dy_garbage, layout, training, v)
-    assert not none.launches
+            traced = call(*arguments)
+    assert not none.interpreted and not none.compiled
     x, dy = x.double(), dy.double()
     w, b, mean, var = (v[n].double() for n in ("weight", "bias", "running_mean", "running_var"))
     f = reference.masked_forward(
