@@ -321,3 +321,25 @@ def test_empty(size: tuple[int, int, int]) -> None:
     bn = tritonnorm.MaskedBatchNorm1d(2)
     y = bn(torch.randn(size), lengths=torch.zeros(size[0], dtype=torch.int64))
     assert y.shape == size and bn.num_batches_tracked == 0
+
+
+class _Padded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv1d(3, 4, 1), tritonnorm.MaskedBatchNorm1d(4)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        return self.bn(self.conv(x), lengths=lengths)
+
+
+def test_replace_and_fold_leave_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is more than a scale and shift for each channel: the padding is zero."""
+    monkeypatch.setenv("TRITONNORM_DISABLE", "1")
+    net = _Padded().eval()
+    nn.init.normal_(net.bn.running_mean)
+    arguments = (torch.randn(2, 3, 5), torch.tensor([5, 2]))
+    expected = net(*arguments)
+    for change in (tritonnorm.replace, lambda m: tritonnorm.fold(m, arguments)):
+        found, report = change(net)
+        assert report.counts == {"left": 1}
+        assert torch.equal(found(*arguments), expected)
