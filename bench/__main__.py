@@ -102,6 +102,15 @@ def parser() -> argparse.ArgumentParser:
         "--processes", type=int, default=2, help="processes beside each other (default: 2)"
     )
 
+    study = command("study", _study, "what is claimed for batch norm, tried on real data")
+    study.add_argument("--quick", action="store_true", help="a check: under 90 seconds")
+    study.add_argument("--data", type=Path, metavar="FOLDER", help="images, a folder per class")
+    study.add_argument("--only", type=_list, default=[], metavar="A,B,...", help="experiments")
+    study.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
+    study.add_argument("--out", type=Path, help="folder for pictures; default: bench/out/study")
+    study.add_argument("--from", dest="source", type=Path, metavar="FOLDER", help="an earlier run")
+    study.add_argument("--page", type=Path, metavar="FILE", help="write it all as Markdown")
+
     host = command("host", _host, "what the CPU side costs: imports, calls, folded models")
     host.add_argument("--quick", action="store_true", help="one model in place of three")
     _outputs(host)
@@ -273,6 +282,19 @@ def _audit(console: Console, options: argparse.Namespace) -> int:
     if options.processes < 1:
         raise ValueError(f"--processes: expected at least 1, got {options.processes}")
     return audit(console, options.quick, options.processes)
+
+
+def _study(console: Console, options: argparse.Namespace) -> int:
+    from bench.study.command import DEFAULT_OUT, again
+    from bench.study.command import main as study
+
+    o = options
+    if o.source is not None:
+        return again(console, o.source, o.page)
+    return study(
+        console, quick=o.quick, data=o.data, only=o.only, device=o.device,
+        out=o.out or DEFAULT_OUT, write_page=o.page,
+    )  # fmt: skip
 
 
 def _host(console: Console, options: argparse.Namespace) -> int:

@@ -48,6 +48,12 @@ ROOMS = (
         without=("os",),
     ),
     Room(
+        "kernels.masked_launches",
+        ours=(*PURE_LEAVES, "kernels.masked", "kernels.base", "kernels.streaming"),
+        theirs=("torch", "triton"),
+        without=("os",),
+    ),
+    Room(
         "kernels.*",
         ours=(*PURE_LEAVES, "kernels._*", "kernels.base", "kernels.streaming"),
         theirs=("torch", "triton"),
@@ -71,6 +77,9 @@ ROOMS = (
     Room("sync_ops", ours=(*BELOW_OPS, "ops", "kernels.synced")),
     Room("sync", ours=(*LEAVES, "ops", "functional", "sync_ops")),
     Room("sync_nn", ours=(*LEAVES, "nn", "sync")),
+    Room("masked_ops", ours=(*LEAVES, "kernels.masked_launches")),
+    Room("sequences", ours=(*LEAVES, "functional", "masked_ops")),
+    Room("recurrent", ours=("sequences",)),
     Room("joined", ours=(*LEAVES, "nn")),
     Room("conv_nn", ours=("joined", "nn")),
     Room("fold_ops", ours=(*LEAVES, "kernels.folding")),
@@ -81,7 +90,7 @@ ROOMS = (
     Room("fold.*", ours=(*ABOVE, "fold", "fold.*")),
     Room("cli*", ours=("*", ""), theirs=("torch", "triton", "safetensors")),
     Room("__main__", ours=("cli.*",)),
-    Room("", ours=(*ABOVE, "replace", "freeze", "fold", "fold.*")),
+    Room("", ours=(*ABOVE, "sequences", "recurrent", "replace", "freeze", "fold", "fold.*")),
 )
 
 

@@ -21,9 +21,14 @@ from .nn import BatchNorm1d as BatchNorm1d
 from .nn import BatchNorm2d as BatchNorm2d
 from .nn import BatchNorm3d as BatchNorm3d
 from .nn import BatchNormAct2d as BatchNormAct2d
+from .recurrent import BatchNormLSTM as BatchNormLSTM
+from .recurrent import BatchNormLSTMCell as BatchNormLSTMCell
+from .recurrent import RecurrentBatchNorm as RecurrentBatchNorm
 from .replace import replace as replace
 from .replace import restore as restore
 from .report import Report as Report
+from .sequences import MaskedBatchNorm1d as MaskedBatchNorm1d
+from .sequences import masked_batch_norm as masked_batch_norm
 from .sync_nn import SyncBatchNorm as SyncBatchNorm
 from .sync_nn import convert_sync_batchnorm as convert_sync_batchnorm
 from .sync_nn import revert_sync_batchnorm as revert_sync_batchnorm

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -163,3 +164,58 @@ def updated_running(
     unbiased = var * (count / max(count - 1, 1))
     old_mean, old_var = (t.to(mean.dtype) for t in running)
     return old_mean + weight * (mean - old_mean), old_var + weight * (unbiased - old_var)
+
+
+class Moments(NamedTuple):
+    """Of the valid positions: mean and biased variance ``[C]``, and their number, a scalar."""
+
+    mean: Tensor
+    var: Tensor
+    number: Tensor
+
+
+def masked_moments(x: Tensor, keep: Tensor) -> Moments:
+    """Moments of ``x [N, C, L]`` at the positions in ``keep [N, L]``; zeros if there are none."""
+    here = keep[:, None, :]
+    count = keep.sum()
+    values = count.clamp(min=1).to(x.dtype)
+    mean = torch.where(here, x, 0.0).sum((0, 2)) / values
+    centred = torch.where(here, x - channels(mean, x), 0.0)
+    return Moments(mean, centred.square().sum((0, 2)) / values, count)
+
+
+def masked_output(
+    x: Tensor,
+    keep: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: Activation | None,
+    args: Sequence[float],
+) -> Tensor:
+    """The masked batch norm as differentiable operations of fixed shapes: what lies in the padding
+    is dropped first, and zero at the end."""
+    here = keep[:, None, :]
+    v = pre_activation(torch.where(here, x, 0.0), mean, var, weight, bias, None, eps)
+    return torch.where(here, apply(activation, args, v), 0.0)
+
+
+def masked_forward(x: Tensor, keep: Tensor, *args: Any, **options: Any) -> Forward:
+    """The specification: `forward` of the valid positions alone, picked by index, zeros elsewhere.
+
+    ``x [N, C, L]``, ``keep [N, L]`` bool; the other arguments are those of `forward`.
+    """
+    found = forward(x.movedim(1, 2)[keep], *args, **options)
+    y = found.y.new_zeros(x.shape)
+    y.movedim(1, 2)[keep] = found.y
+    return Forward(y, found.mean, found.var)
+
+
+def masked_backward(dy: Tensor, x: Tensor, keep: Tensor, *args: Any, **options: Any) -> Backward:
+    """`backward` of the valid positions alone; the gradient of padding is zero."""
+    found = backward(dy.movedim(1, 2)[keep], x.movedim(1, 2)[keep], *args, **options)
+    dx = found.dx.new_zeros(x.shape)
+    dx.movedim(1, 2)[keep] = found.dx
+    return Backward(dx, torch.zeros_like(dx), found.dweight, found.dbias)

@@ -1,0 +1,1 @@
+"""What is claimed for batch norm, tried on real data: an experiment a file, run by `command`."""

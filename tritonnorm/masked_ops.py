@@ -1,0 +1,309 @@
+"""The operators of the masked batch norm: schema, fake, gradient.
+
+`masked_batch_norm_training`, `masked_batch_norm_inference` and `masked_batch_norm_backward` in the
+namespace ``tritonnorm``. The input is ``[N, C, L]`` in one of two memory orders, the second being
+``[N, L, C]``; anything else is copied into the nearer one. Arguments are checked in `sequences`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .activation import ACTIVATIONS
+from .device import Device
+from .kernels.masked_launches import MaskedLaunches, launches
+from .problem import View
+
+_library = torch.library.Library("tritonnorm", "FRAGMENT")
+_tags = (torch.Tag.pt2_compliant_tag,)
+_library.define(
+    "masked_batch_norm_training(Tensor input, Tensor keep, Tensor? weight, Tensor? bias, "
+    "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, "
+    "float? momentum, float eps, str activation, float[] activation_args) "
+    "-> (Tensor output, Tensor mean, Tensor rstd, Tensor count)",
+    tags=_tags,
+)
+_library.define(
+    "masked_batch_norm_inference(Tensor input, Tensor keep, Tensor? weight, Tensor? bias, "
+    "Tensor running_mean, Tensor running_var, float eps, str activation, "
+    "float[] activation_args, bool save_statistics) -> (Tensor output, Tensor mean, Tensor rstd)",
+    tags=_tags,
+)
+_library.define(
+    "masked_batch_norm_backward(Tensor grad, Tensor input, Tensor keep, Tensor? weight, "
+    "Tensor? bias, Tensor mean, Tensor rstd, Tensor? count, str activation, "
+    "float[] activation_args, bool[] needs) -> (Tensor dinput, Tensor dweight, Tensor dbias)",
+    tags=_tags,
+)
+
+
+def _channels_last(x: Tensor) -> bool:
+    """Whether the dense twin of ``x [N, C, L]`` is ``[N, L, C]`` in memory."""
+    if x.is_contiguous():
+        return False
+    return x.mT.is_contiguous() or x.stride(1) == 1
+
+
+def _dense_like(x: Tensor) -> Tensor:
+    n, c, length = x.shape
+    return x.new_empty((n, length, c)).mT if _channels_last(x) else x.new_empty((n, c, length))
+
+
+def _dense(x: Tensor, like: Tensor) -> Tensor:
+    """``x`` in the memory order of a dense tensor."""
+    return x if x.stride() == like.stride() else torch.empty_like(like).copy_(x)
+
+
+def _launches(
+    dense: Tensor, like: Tensor, activation: str, args: Sequence[float]
+) -> MaskedLaunches:
+    """By sizes and memory order of a dense tensor; ``like`` tells the device."""
+    n, c, length = dense.shape
+    # (N, C, 1) is contiguous in both orders; its rows of channels are the better tiles.
+    if dense.mT.is_contiguous():
+        view = View(1, c, n * length, channels_last=True)
+    else:
+        view = View(n, c, length, channels_last=False)
+    return launches(view, like.dtype, Device.of(like.device), activation, tuple(args))
+
+
+def _statistics(x: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    mean = x.new_empty(x.shape[1] if wanted else 0, dtype=wide)
+    return mean, torch.empty_like(mean)
+
+
+def _vector(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+def _training(
+    input: Tensor,
+    keep: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    activation: str,
+    activation_args: Sequence[float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    running = (running_mean, running_var, num_batches_tracked)
+    torch.autograd.graph.increment_version([t for t in running if t is not None])
+    y = _dense_like(input)
+    mean, rstd = _statistics(input, True)
+    count = mean.new_empty(1)
+    _launches(y, input, activation, activation_args).training(
+        *(_dense(input, y), keep, y, (mean, rstd, count)),
+        *((_vector(weight), _vector(bias)), running, momentum, eps),
+    )
+    return y, mean, rstd, count
+
+
+def _inference(
+    input: Tensor,
+    keep: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    activation: str,
+    activation_args: Sequence[float],
+    save_statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    y = _dense_like(input)
+    mean, rstd = _statistics(input, save_statistics)
+    _launches(y, input, activation, activation_args).inference(
+        *(_dense(input, y), keep, y, (mean, rstd) if save_statistics else (None, None)),
+        *((_vector(weight), _vector(bias)), (running_mean, running_var), eps),
+    )
+    return y, mean, rstd
+
+
+def _backward(
+    grad: Tensor,
+    input: Tensor,
+    keep: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    count: Tensor | None,
+    activation: str,
+    activation_args: Sequence[float],
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``needs``: which of dinput, dweight, dbias to compute; the others come back empty."""
+    outputs = _gradients(input, weight, bias, needs)
+    like = _dense_like(input)
+    wanted = [t if n else None for t, n in zip(outputs, needs, strict=True)]
+    _launches(like, input, activation, activation_args).backward(
+        *(_dense(grad, like), _dense(input, like), keep, (mean, rstd, count)),
+        *((_vector(weight), _vector(bias)), wanted),
+    )
+    return outputs
+
+
+def _gradients(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    def vector(t: Tensor | None, needed: bool) -> Tensor:
+        return t.new_empty(t.shape) if needed and t is not None else x.new_empty(0)
+
+    dx = _dense_like(x) if needs[0] else x.new_empty(0)
+    return dx, vector(weight, needs[1]), vector(bias, needs[2])
+
+
+for _name, _implementation in (
+    ("masked_batch_norm_training", _training),
+    ("masked_batch_norm_inference", _inference),
+    ("masked_batch_norm_backward", _backward),
+):
+    for _key in ("CUDA", "CPU"):
+        _library.impl(_name, _implementation, _key)
+
+
+@torch.library.register_fake("tritonnorm::masked_batch_norm_training", lib=_library)
+def _(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    mean, rstd = _statistics(input, True)
+    return _dense_like(input), mean, rstd, mean.new_empty(1)
+
+
+@torch.library.register_fake("tritonnorm::masked_batch_norm_inference", lib=_library)
+def _(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _dense_like(input), *_statistics(input, args[-1])
+
+
+@torch.library.register_fake("tritonnorm::masked_batch_norm_backward", lib=_library)
+def _(grad: Tensor, input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _gradients(input, args[1], args[2], args[-1])
+
+
+class MaskedBatchNormFunction(torch.autograd.Function):
+    """Gradients for the two forward operators; a second derivative goes through plain PyTorch."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        keep: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        counter: Tensor | None,
+        batch_statistics: bool,
+        momentum: float | None,
+        eps: float,
+        activation: str,
+        activation_args: tuple[float, ...],
+    ) -> Tensor:
+        y, *saved = _forward(
+            x, keep, weight, bias, running_mean, running_var, counter, batch_statistics, momentum,
+            eps, activation, activation_args, True,
+        )  # fmt: skip
+        ctx.save_for_backward(x, keep, weight, bias, *saved)
+        ctx.options = (batch_statistics, eps, activation, activation_args)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, keep, weight, bias, mean, rstd, *count = ctx.saved_tensors
+        batch_statistics, _, activation, activation_args = ctx.options
+        wants = ctx.needs_input_grad
+        needs = [
+            wants[0],
+            weight is not None and wants[2],
+            bias is not None and wants[3],
+        ]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            found = _differentiable_backward(ctx, grads[0], needs)
+        else:
+            found = torch.ops.tritonnorm.masked_batch_norm_backward.default(
+                grads[0], x, keep, weight, bias, mean, rstd,
+                count[0] if batch_statistics else None, activation, activation_args, needs,
+            )  # fmt: skip
+        dx, dw, db = (g if needed else None for g, needed in zip(found, needs, strict=True))
+        return (dx, None, dw, db, *(None,) * 8)
+
+
+def _differentiable_backward(
+    ctx: Any, dy: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """The backward as PyTorch operations, so that it has derivatives itself."""
+    x, keep, weight, bias, mean, rstd, *_ = ctx.saved_tensors
+    batch_statistics, eps, activation, args = ctx.options
+    wide = torch.promote_types(x.dtype, mean.dtype)
+    x_, here = x.to(wide), keep != 0
+    var = rstd.square().reciprocal() - eps
+    if batch_statistics:
+        mean, var, _ = reference.masked_moments(x_, here)
+    w, b = (None if t is None else t.to(wide) for t in (weight, bias))
+    found = ACTIVATIONS.get(activation)
+    y = reference.masked_output(x_, here, mean, var, w, b, eps, found, args)
+    wanted = [t for t, n in zip((x, weight, bias), needs, strict=True) if n]
+    grads = iter(torch.autograd.grad(y, wanted, dy.to(wide), create_graph=True) if wanted else ())
+    return tuple(next(grads) if n else None for n in needs)
+
+
+def _forward(
+    x: Tensor,
+    keep: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    counter: Tensor | None,
+    batch_statistics: bool,
+    momentum: float | None,
+    eps: float,
+    activation: str,
+    activation_args: tuple[float, ...],
+    save: bool,
+) -> tuple[Tensor, ...]:
+    ops = torch.ops.tritonnorm
+    if batch_statistics:
+        return ops.masked_batch_norm_training.default(
+            x, keep, weight, bias, running_mean, running_var, counter, momentum, eps,
+            activation, activation_args,
+        )  # fmt: skip
+    return ops.masked_batch_norm_inference.default(
+        x, keep, weight, bias, running_mean, running_var, eps, activation, activation_args, save
+    )
+
+
+def masked_batch_norm(
+    x: Tensor,
+    keep: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    counter: Tensor | None,
+    batch_statistics: bool,
+    momentum: float | None,
+    eps: float,
+    activation: str,
+    activation_args: tuple[float, ...],
+) -> Tensor:
+    """The operator that the call needs, with autograd if a gradient can be asked for.
+
+    ``x [N, C, L]``, ``keep`` uint8 ``[N, L]`` contiguous.
+    """
+    arguments = (
+        x, keep, weight, bias, running_mean, running_var, counter, batch_statistics, momentum, eps,
+        activation, activation_args,
+    )  # fmt: skip
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, weight, bias)
+    ):
+        return MaskedBatchNormFunction.apply(*arguments)
+    return _forward(*arguments, False)[0]
