@@ -31,6 +31,7 @@ class Room:
 # itself. A module without a row fails: give it a place in docs/architecture.md and a row here.
 KERNELS = ("kernels", "kernels.base")
 PURE_LEAVES = tuple(leaf for leaf in LEAVES if leaf not in ("report", "settings"))
+LOOKUP = ("tune.key", "tune.revisions", "tune.agree", "tune.store", "tune.lookup")
 BELOW_OPS = (*LEAVES, *KERNELS, "plan", "recipe")
 BELOW_NN = (*BELOW_OPS, "ops", "autograd", "functional")
 ABOVE = (*BELOW_NN, "nn", "joined", "conv_nn")
@@ -42,6 +43,11 @@ ROOMS = (
     Room("kernels._*", ours=(), theirs=("triton",), without=("os",)),
     Room("kernels", ours=(*PURE_LEAVES, "kernels.*"), without=("os",)),
     Room(
+        "kernels.fold_configs",
+        ours=(*PURE_LEAVES, "kernels.base", "kernels.folding"),
+        without=("os",),
+    ),
+    Room(
         "kernels.*",
         ours=(*PURE_LEAVES, "kernels._*", "kernels.base", "kernels.streaming"),
         theirs=("torch", "triton"),
@@ -49,22 +55,35 @@ ROOMS = (
     ),
     Room("timing", ours=LEAVES),
     Room("tune", ours=()),
-    Room("tune.store", ours=LEAVES),
+    Room("tune.key", ours=LEAVES),
+    Room("tune.revisions", ours=()),
+    Room("tune.networks", ours=()),
+    Room("tune.agree", ours=LEAVES),
+    Room("tune.store", ours=(*LEAVES, "tune.key"), theirs=("torch", "platformdirs")),
+    Room("tune.lookup", ours=(*LEAVES, *KERNELS, "tune.key", "tune.revisions", "tune.store")),
+    Room("tune.standing", ours=(*LEAVES, *LOOKUP)),
     Room("tune.machine_code", ours=(), theirs=("triton",)),
     Room(
         "tune.*",
-        ours=(*BELOW_OPS, "tune.store", "tune.static", "tune.machine_code", "timing"),
+        ours=(*BELOW_OPS, "observe", "timing", "kernels.folding", "tune.*"),
         theirs=("torch", "triton"),
     ),
-    Room("plan", ours=(*LEAVES, *KERNELS, "tune.store")),
-    Room("recipe", ours=(*LEAVES, *KERNELS, "plan")),
+    Room("plan", ours=(*LEAVES, *KERNELS, "tune.key", "tune.store", "tune.standing")),
+    Room("recipe", ours=(*LEAVES, *KERNELS, "plan", "tune.standing", "tune.online")),
+    Room("observe", ours=(*LEAVES, "recipe")),
+    Room("explanation", ours=(*LEAVES, *KERNELS, "observe", "plan")),
+    Room(
+        "warming",
+        ours=(*BELOW_OPS, "observe", "frozen", "fold_ops", "tune.dummies"),
+        theirs=("torch", "triton"),
+    ),
     Room("ops", ours=BELOW_OPS),
     Room("autograd", ours=(*LEAVES, "ops", "recipe")),
     Room("functional", ours=(*LEAVES, "autograd")),
     Room("nn", ours=(*LEAVES, "functional")),
     Room("joined", ours=(*LEAVES, "nn")),
     Room("conv_nn", ours=("joined", "nn")),
-    Room("fold_ops", ours=(*LEAVES, "kernels.folding")),
+    Room("fold_ops", ours=(*LEAVES, "kernels.folding", "kernels.fold_configs", "plan")),
     Room("frozen", ours=(*LEAVES, "functional", "nn", "fold_ops", "kernels.folding")),
     Room("freeze", ours=(*LEAVES, "frozen", "joined", "fold.pairing")),
     Room("replace", ours=ABOVE),
@@ -72,7 +91,7 @@ ROOMS = (
     Room("fold.*", ours=(*ABOVE, "fold", "fold.*")),
     Room("cli*", ours=("*", ""), theirs=("torch", "triton", "safetensors")),
     Room("__main__", ours=("cli.*",)),
-    Room("", ours=(*ABOVE, "replace", "freeze", "fold", "fold.*")),
+    Room("", ours=(*ABOVE, "replace", "freeze", "fold", "fold.*", "explanation", "warming")),
 )
 
 
@@ -146,7 +165,7 @@ def test_the_package_keeps_to_the_table(module: str) -> None:
 
 BENCH_MAY = {
     *("", "nn", "functional", "replace", "fold"),  # the public API
-    *("timing", "problem", "plan", "reference", "tune.static", "activation"),
+    *("timing", "problem", "plan", "reference", "tune.static", "tune.networks", "activation"),
     *(
         "device",
         "kernels",
