@@ -20,7 +20,7 @@ FOLD = FoldProblem(torch.bfloat16, torch.float32, torch.float32, 53, 26560, 23_4
 
 def problem(n: int = 32, c: int = 256, p: int = 196, **options: Any) -> Problem:
     settings = {"direction": "forward", "batch_statistics": True, "dtype": torch.bfloat16}
-    view = View(n, c, p, options.pop("channels_last", False))
+    view = View(1, c, n * p, True) if options.pop("channels_last", False) else View(n, c, p, False)
     return Problem(view=view, **{**settings, **options})
 
 

@@ -172,6 +172,6 @@ def test_mobilenet_v3_by_its_table() -> None:
     assert len(layers) == 1 + 2 + 14 * 3 + 1
     assert layers[-1] == Layer(960, (7, 7), "hardswish")
     assert [sum(layer.plane == (s, s) for layer in layers) for s in (112, 56, 28, 14, 7)] == [
-        *(4, 6, 9, 17, 10),
+        *(4, 6, 9, 18, 9),
     ]
     assert sum(layer.residual for layer in layers) == 10
