@@ -83,13 +83,13 @@ ROOMS = (
     Room("nn", ours=(*LEAVES, "functional")),
     Room("joined", ours=(*LEAVES, "nn")),
     Room("conv_nn", ours=("joined", "nn")),
-    Room("fold_ops", ours=(*LEAVES, "kernels.folding", "kernels.fold_configs", "plan")),
+    Room("fold_ops", ours=(*LEAVES, "kernels.folding", "kernels.fold_configs", "plan", "recipe")),
     Room("frozen", ours=(*LEAVES, "functional", "nn", "fold_ops", "kernels.folding")),
     Room("freeze", ours=(*LEAVES, "frozen", "joined", "fold.pairing")),
     Room("replace", ours=ABOVE),
     Room("fold", ours=(*ABOVE, "fold.*")),
     Room("fold.*", ours=(*ABOVE, "fold", "fold.*")),
-    Room("cli*", ours=("*", ""), theirs=("torch", "triton", "safetensors")),
+    Room("cli*", ours=("*", ""), theirs=("torch", "triton", "safetensors", "rich")),
     Room("__main__", ours=("cli.*",)),
     Room("", ours=(*ABOVE, "replace", "freeze", "fold", "fold.*", "explanation", "warming")),
 )
@@ -165,7 +165,8 @@ def test_the_package_keeps_to_the_table(module: str) -> None:
 
 BENCH_MAY = {
     *("", "nn", "functional", "replace", "fold"),  # the public API
-    *("timing", "problem", "plan", "reference", "tune.static", "tune.networks", "activation"),
+    *("timing", "problem", "plan", "reference", "tune.static", "tune.prune", "activation"),
+    "tune.networks",
     *(
         "device",
         "kernels",

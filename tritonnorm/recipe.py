@@ -15,10 +15,10 @@ import torch
 
 from . import settings
 from .activation import ACTIVATIONS
-from .device import Device
+from .device import INTERPRETER, Device
 from .kernels.base import EpilogueArguments
 from .plan import Forced, Plan, on_change, plan
-from .problem import Activity, Problem, View
+from .problem import Activity, FoldProblem, Problem, View
 from .tune.standing import SEEN
 
 
@@ -83,6 +83,19 @@ def described(
     return problem, dense, copies
 
 
+def decided(problem: Problem | FoldProblem, device: Device, forced: Forced | None = None) -> Plan:
+    """The plan of a problem; where TRITONNORM_TUNE asks for it, the problem is tuned first."""
+    chosen = plan(problem, device, forced)
+    if chosen.source == "forced" or device.arch == INTERPRETER.arch:
+        return chosen
+    mode = settings.tune_mode()
+    if mode == "force" or (mode == "on" and chosen.source not in SEEN):
+        from .tune import online
+
+        return online.tuned(problem, device, chosen)
+    return chosen
+
+
 @lru_cache(maxsize=16384)
 def recipe(
     direction: Literal["forward", "backward"],
@@ -103,11 +116,7 @@ def recipe(
         direction, sizes, strides, dtype, batch_statistics, activation, residual, mask, needs
     )
     epilogue = EpilogueArguments.named(activation, activation_args)
-    chosen = plan(problem, device, forced)
-    if chosen.source not in ("forced", *SEEN) and settings.tune_mode() in ("on", "force"):
-        from .tune import online
-
-        chosen = online.tuned(problem, device, chosen)
+    chosen = decided(problem, device, forced)
     run: Callable[[Any], None]
     if direction == "forward":
         run = chosen.runs.forward(problem, chosen.config, epilogue)
