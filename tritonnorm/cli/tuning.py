@@ -55,6 +55,8 @@ def _tune(options: argparse.Namespace) -> int:
     from tritonnorm.tune.session import Session
     from tritonnorm.tune.store import read_table, write_table
 
+    if options.dry_run and options.merge:
+        return _validate(options)
     for path in options.merge:
         entries = read_table(path)
         kept = sum(standing.put(entry) for entry in entries)
@@ -64,8 +66,8 @@ def _tune(options: argparse.Namespace) -> int:
     if options.dry_run:
         assert device is not None
         return view.dry_run(problems, device, options.processes)
-    wanted = problems or options.check or options.export
-    if not wanted:
+    named = options.preset or options.shapes or options.model
+    if not (named or options.check or options.export):
         if options.merge:
             return 0
         raise ValueError("--preset, --shapes or --model: expected what to tune, got nothing")
@@ -91,6 +93,20 @@ def _tune(options: argparse.Namespace) -> int:
     if summary.stopped == "interrupted":
         return 130
     return 1 if options.check and any(t.lost for t in summary.done) else 0
+
+
+def _validate(options: argparse.Namespace) -> int:
+    """Compile every entry of tables for its architecture; 1 if one is at fault."""
+    from tritonnorm.tune.store import read_table
+    from tritonnorm.tune.validate import faults_of
+
+    found = 0
+    for path in options.merge:
+        entries = read_table(path)
+        faults = list(faults_of(entries, options.processes))
+        found += len(faults)
+        print(f"{path}: {len(entries)} results, {len(faults)} at fault", *faults, sep="\n  ")
+    return int(found > 0)
 
 
 def _device(options: argparse.Namespace) -> Device | None:
