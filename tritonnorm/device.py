@@ -41,7 +41,7 @@ class Device:
 
     def __hash__(self) -> int:
         """Worked out once: a device is part of the key of every call."""
-        return self._hash  # type: ignore[attr-defined, no-any-return]
+        return self._hash  # type: ignore[attr-defined]
 
     @property
     def identity(self) -> dict[str, str | int]:

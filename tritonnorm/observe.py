@@ -147,27 +147,43 @@ def _call(name: str, args: Sequence[Any]) -> OperatorCall:
     if name == "batch_norm_backward":
         _, x, residual, mask, weight, bias, mean, _, batch, activation, parameters, needs = args
         return OperatorCall(
-            "backward", *_of(x), batch, activation, tuple(parameters),
-            residual is not None or mask is not None, mask is not None, tuple(needs),
-            keeps_residual=residual is not None, vectors=_dtypes(weight, bias, mean, mean, None),
-        )  # fmt: skip
+            direction="backward",
+            **_of(x, residual is not None or mask is not None, activation, parameters),
+            batch_statistics=batch,
+            mask=mask is not None,
+            needs=tuple(needs),
+            keeps_residual=residual is not None,
+            vectors=_dtypes(weight, bias, mean, mean, None),
+        )
     x, residual, weight, bias, mean, var = args[:6]
-    if name == "batch_norm_training":
+    counter = momentum = None
+    training = name == "batch_norm_training"
+    if training:
         counter, momentum, _, activation, parameters, save_mask = args[6:]
-        return OperatorCall(
-            "forward", *_of(x), True, activation, tuple(parameters), residual is not None,
-            save_mask, cumulative=momentum is None and counter is not None,
-            vectors=_dtypes(weight, bias, mean, var, counter),
-        )  # fmt: skip
-    _, activation, parameters, saves, save_mask = args[6:]
+    else:
+        _, activation, parameters, _, save_mask = args[6:]
     return OperatorCall(
-        "forward", *_of(x), False, activation, tuple(parameters), residual is not None, save_mask,
-        saves=saves, vectors=_dtypes(weight, bias, mean, var, None),
-    )  # fmt: skip
+        direction="forward",
+        **_of(x, residual is not None, activation, parameters),
+        batch_statistics=training,
+        mask=save_mask,
+        saves=training or args[-2],
+        cumulative=training and momentum is None and counter is not None,
+        vectors=_dtypes(weight, bias, mean, var, counter),
+    )
 
 
-def _of(x: Tensor) -> tuple[Any, ...]:
-    return tuple(x.shape), x.stride(), x.dtype, x.device, Device.of(x.device)
+def _of(x: Tensor, residual: bool, activation: str, parameters: Sequence[float]) -> dict[str, Any]:
+    return {
+        "sizes": tuple(x.shape),
+        "strides": x.stride(),
+        "dtype": x.dtype,
+        "where": x.device,
+        "device": Device.of(x.device),
+        "activation": activation,
+        "activation_args": tuple(parameters),
+        "residual": residual,
+    }
 
 
 def _dtypes(*vectors: Tensor | None) -> tuple[torch.dtype | None, ...]:

@@ -141,7 +141,6 @@ def _child(
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env={**os.environ, "TRITONNORM_TUNE": "heuristic"},
         text=True,
     )
     assert process.stdin and process.stdout and process.stderr

@@ -155,8 +155,9 @@ class Key:
         affine, _, statistics = self.flags.partition("+")
         if not {affine, statistics} <= set(_DTYPES):
             raise ValueError(f"flags: expected two dtypes, got {_short(self.flags)}")
-        rows, dtypes = self.layout == "rows", (_DTYPES[affine], _DTYPES[statistics])
-        return FoldProblem(_DTYPES[self.dtype], *dtypes, *self.shape[:3], rows)
+        pairs, channels, elements = self.shape[:3]
+        dtypes = (_DTYPES[self.dtype], _DTYPES[affine], _DTYPES[statistics])
+        return FoldProblem(*dtypes, pairs, channels, elements, self.layout == "rows")
 
     def _norm(self) -> Problem:
         flags = set(self.flags.split("+"))

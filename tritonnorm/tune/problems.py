@@ -49,12 +49,12 @@ def of_layer(
     two_valued = activation is not None and ACTIVATIONS[activation].two_valued
     mask = residual and two_valued
     kept = residual and activation is not None  # what the backward knows of the residual
-    kind: Any = (tuple(sizes), x.stride(), dtype)
-    name = activation or ""
+    size, strides, name = tuple(sizes), x.stride(), activation or ""
+    needs = (True, residual, True, True)
     return [
-        described("forward", *kind, True, name, residual, mask)[0],
-        described("backward", *kind, True, name, kept, mask, (True, residual, True, True))[0],
-        described("forward", *kind, False, name, residual, False)[0],
+        described("forward", size, strides, dtype, True, name, residual, mask)[0],
+        described("backward", size, strides, dtype, True, name, kept, mask, needs)[0],
+        described("forward", size, strides, dtype, False, name, residual, False)[0],
     ]
 
 
@@ -118,7 +118,7 @@ def _autocast(dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
 def _ordered(model: nn.Module, layout: str) -> nn.Module:
     """The model, its weights of four dimensions in a memory format."""
     last = torch.channels_last if layout == "NHWC" else torch.contiguous_format
-    return model.to(memory_format=last)  # type: ignore[call-overload, no-any-return]
+    return model.to(memory_format=last)  # type: ignore[call-overload]
 
 
 def _ordered_inputs(inputs: Sequence[Any], layout: str) -> list[Any]:

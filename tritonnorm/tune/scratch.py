@@ -175,13 +175,19 @@ def _slices(x: Tensor) -> list[slice]:
     return [slice(c, c + step) for c in range(0, x.shape[1], step)]
 
 
+def _part(t: Tensor | None, s: slice) -> Tensor | None:
+    return None if t is None else t[s]
+
+
 def _check_forward(
     a: ForwardArguments, running: Sequence[Tensor | None], p: Problem, activation: str
 ) -> None:
     for s in _slices(a.x):
-        old = [None if t is None else t[s] for t in (a.running_mean, a.running_var)]
+        weight, bias, *old = (
+            _part(t, s) for t in (a.weight, a.bias, a.running_mean, a.running_var)
+        )
         expected = reference.forward(
-            a.x[:, s], *old, a.weight[s], a.bias[s], p.batch_statistics, EPS, activation or None,
+            a.x[:, s], old[0], old[1], weight, bias, p.batch_statistics, EPS, activation or None,
             residual=None if a.residual is None else a.residual[:, s],
         )  # fmt: skip
         compare("y", a.y[:, s], expected.y)
@@ -209,7 +215,8 @@ def _check_backward(a: BackwardArguments, p: Problem, activation: str) -> None:
         if a.mask is not None:  # the gate is what the mask says
             dy, given = torch.where(_bits(a.mask, p)[:, s], dy, torch.zeros_like(dy)), None
         expected = reference.backward(
-            dy, a.x[:, s], a.mean[s], var, a.weight[s], a.bias[s], p.batch_statistics, EPS, given,
+            dy, a.x[:, s], a.mean[s], var, _part(a.weight, s), _part(a.bias, s),
+            p.batch_statistics, EPS, given,
             residual=None if a.residual is None else a.residual[:, s],
         )  # fmt: skip
         outputs = {"dx": a.dx, "dresidual": a.dresidual}

@@ -89,7 +89,7 @@ class FoldTrial:
         n, wide = len(self.sets[0]), torch.float64
         for i, (source, place) in enumerate(zip(self.sets[0], batch.places, strict=True)):
             inputs = [None if t is None else t.to(wide).requires_grad_() for t in source.tensors]
-            exact = source._replace(**dict(zip(source._fields, inputs, strict=False)))
+            exact = Source(*inputs, eps=source.eps)  # type: ignore[arg-type, misc]
             with torch.enable_grad():
                 (result,) = folding.differentiable([exact])
             w, b, c = result.weight, result.bias, source.mean.numel()

@@ -95,11 +95,17 @@ class Entry:
         algorithm, revision = found.get("algorithm"), found.get("revision")
         if not isinstance(algorithm, str) or type(revision) is not int:
             raise ValueError("algorithm or revision is missing")
-        times = [found.get("us"), found.get("formula_us")]
-        if not all(type(t) in (int, float) and 0 < t < math.inf for t in times):
-            raise ValueError("a time is no positive number")
+        us, formula_us = _time(found.get("us")), _time(found.get("formula_us"))
         device, key = _identity(found.get("device")), Key.from_json(found.get("key"))
-        return cls(device, key, algorithm, dict(config), revision, *times, dict(environment))
+        return cls(
+            device, key, algorithm, dict(config), revision, us, formula_us, dict(environment)
+        )
+
+
+def _time(found: Any) -> float:
+    if type(found) not in (int, float) or not 0 < found < math.inf:
+        raise ValueError("a time is no positive number")
+    return float(found)
 
 
 def _identity(found: Any) -> dict[str, str | int]:
