@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import torch
 
 from tritonnorm.kernels.base import Config
+from tritonnorm.tune.jobs import ends_the_context
 from tritonnorm.tune.search import Candidate, Wrong, search
 
 
@@ -120,6 +122,17 @@ def test_what_is_wrong_cannot_win() -> None:
         "y is not written everywhere": 1,
         "needs more registers or shared memory than there are": 1,
     }
+
+
+def test_an_error_that_ends_the_process() -> None:
+    candidates, made = lab([100e-6, 1e-6])
+    made.broken = {candidates[1]: RuntimeError("CUDA error: an illegal memory access")}
+    assert run(candidates, made).failures == {"RuntimeError": 1}
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        run(candidates, made, fatal=ends_the_context)
+    out = torch.OutOfMemoryError("CUDA out of memory")
+    assert not ends_the_context(out) and not ends_the_context(Wrong("y is wrong"))
+    assert ends_the_context(RuntimeError("Triton Error [CUDA]: misaligned address"))
 
 
 def test_nothing_works() -> None:

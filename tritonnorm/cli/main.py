@@ -120,6 +120,12 @@ def _info(options: argparse.Namespace) -> int:
     except ImportError:
         version = "not installed"
     print(f"tritonnorm {tritonnorm.__version__}, torch {torch.__version__}, triton {version}")
+    if version != "not installed":
+        from tritonnorm.tune import standing
+
+        cache = standing.cache()
+        tables = len(list(standing.SHIPPED.glob("*.json")))
+        print(f"tuned results: {len(cache.entries())} in {cache.root}, {tables} shipped tables")
     if not torch.cuda.is_available():
         print("no GPU that PyTorch can use: batch norms run in PyTorch")
         return 0

@@ -33,6 +33,11 @@ from tritonnorm.tune.search import Candidate, search
 __all__ = ["Job", "Result", "candidates_for", "run_job"]
 
 Shape = Problem | FoldProblem
+# Errors after which every call of the process fails (CUDA runtime API, cudaError).
+_FATAL = (
+    *("CUDA error", "HIP error", "illegal memory access", "misaligned address"),
+    *("illegal instruction", "launch failure", "device-side assert", "hardware"),
+)
 DEATHS = 5  # candidates that may take the child with them before the problem is given up
 # Compiling a candidate takes a second or two, and checking it against float64 as long on large
 # tensors; after a minute without a word something hangs.
@@ -173,8 +178,7 @@ def _child(
                 return {**said, "reason": f"takes longer than {wait:.0f} s"}
             if line is None:
                 code = process.wait()
-                why = errors[-1].strip() if errors else f"exit code {code}"
-                return {**said, "reason": f"ends the process ({why[:120]})"}
+                return {**said, "reason": f"ends the process ({_last_words(errors, code)})"}
             try:
                 message = json.loads(line)
             except ValueError:
@@ -190,6 +194,13 @@ def _child(
             thread.join(timeout=5)
         process.stdout.close()
         process.stderr.close()
+
+
+def _last_words(errors: Sequence[str], code: int) -> str:
+    """The line that names the error; below it CUDA adds advice."""
+    lines = [line.strip() for line in errors if line.strip()]
+    named = [line for line in lines if "Error: " in line] or lines
+    return named[-1][:120] if named else f"exit code {code}"
 
 
 def _plain(candidate: Candidate) -> dict[str, Any]:
@@ -240,6 +251,7 @@ def work(
         budget=float(job["budget"]),
         seed=int(job["seed"]),
         begin=begin,
+        fatal=ends_the_context,
     )
     us = [1e6 * t.median if t else 0.0 for t in (outcome.timing, outcome.formula)]
     result = {
@@ -250,6 +262,13 @@ def work(
         "failures": dict(outcome.failures),
     }
     say({"result": result})
+
+
+def ends_the_context(error: Exception) -> bool:
+    """Whether an error leaves the process without a working GPU."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return False
+    return any(words in str(error) for words in _FATAL)
 
 
 def _main() -> None:

@@ -36,6 +36,15 @@ def refusal() -> str | None:
     return None
 
 
+def _index(device: Device) -> int:
+    """The number of a GPU of this kind, the current one if it is."""
+    current = torch.cuda.current_device()
+    for i in (current, *range(torch.cuda.device_count())):
+        if Device.of(torch.device("cuda", i)).identity == device.identity:
+            return i
+    return current
+
+
 def tuned(problem: Problem | FoldProblem, device: Device, chosen: Plan) -> Plan:
     """The plan that tuning finds, once per process and kind; ``chosen`` where it may not happen."""
     key = Key.of(problem)
@@ -48,7 +57,7 @@ def tuned(problem: Problem | FoldProblem, device: Device, chosen: Plan) -> Plan:
     with _lock:
         if key not in _done:
             settings.logger.info("tuning %s", key)
-            session = Session(device, index=torch.cuda.current_device())
+            session = Session(device, index=_index(device))
             done = session.tune([problem]).done
             best = done[0].result.best if done else None
             _done[key] = Plan(*best, OWN) if best else chosen

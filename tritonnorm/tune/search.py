@@ -79,6 +79,7 @@ def search(
     budget: float = 20.0,
     seed: int = 0,
     begin: Callable[[Candidate], None] = lambda candidate: None,
+    fatal: Callable[[Exception], bool] = lambda error: False,
     now: Callable[[], float] = time.monotonic,
 ) -> Outcome:
     """Find the fastest of the candidates.
@@ -92,10 +93,12 @@ def search(
         budget: seconds after which no new measurement begins.
         seed: of the order of measurements.
         begin: told each candidate before it first runs.
+        fatal: whether after such an error of a candidate nothing else can be measured.
         now: the clock of the budget.
 
     Raises:
         ValueError: there are no candidates.
+        Exception: an error that is fatal.
     """
     if not candidates:
         raise ValueError("candidates: expected at least one, got none")
@@ -115,6 +118,8 @@ def search(
             measure = clock.prepare(trial.calls(candidate))
             once[candidate] = measure()
         except Exception as error:
+            if fatal(error):
+                raise
             outcome.failures[_reason(error)] += 1
             continue
         outcome.tried += 1
