@@ -82,6 +82,7 @@ SUITES: dict[str, Suite] = {
     "efficientnet_b0": Suite(("efficientnet_b0",), (128,)),
     "densenet121": Suite(("densenet121",), (64,)),
     "unet3d": Suite(("unet3d",), (2,)),
+    "mobilenet_v3": Suite(("mobilenet_v3",), (128,)),
     "sequence": Suite(("sequence",), (32, 256), layouts=("NCHW",)),
     "full": Suite(tuple(NETWORKS), (64,)),
 }

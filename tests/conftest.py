@@ -15,6 +15,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread a worker: they share
 os.environ.setdefault(
     "TRITON_CACHE_DIR", str(Path(__file__).resolve().parent.parent / ".pytest_cache" / "triton")
 )
+# Plans are the formula's, whatever ships or was tuned on this machine; tests of tables set it anew.
+os.environ["TRITONNORM_TUNE"] = "heuristic"
+os.environ["TRITONNORM_CACHE_DIR"] = os.devnull  # nothing can be kept there
 
 collect_ignore: list[str] = []
 

@@ -31,6 +31,7 @@ class Room:
 # itself. A module without a row fails: give it a place in docs/architecture.md and a row here.
 KERNELS = ("kernels", "kernels.base")
 PURE_LEAVES = tuple(leaf for leaf in LEAVES if leaf not in ("report", "settings"))
+LOOKUP = ("tune.key", "tune.revisions", "tune.agree", "tune.store", "tune.lookup")
 BELOW_OPS = (*LEAVES, *KERNELS, "plan", "recipe")
 BELOW_NN = (*BELOW_OPS, "ops", "autograd", "functional")
 SYNC = ("sync", "sync_nn")
@@ -54,6 +55,11 @@ ROOMS = (
         without=("os",),
     ),
     Room(
+        "kernels.fold_configs",
+        ours=(*PURE_LEAVES, "kernels.base", "kernels.folding"),
+        without=("os",),
+    ),
+    Room(
         "kernels.*",
         ours=(*PURE_LEAVES, "kernels._*", "kernels.base", "kernels.streaming"),
         theirs=("torch", "triton"),
@@ -61,15 +67,28 @@ ROOMS = (
     ),
     Room("timing", ours=LEAVES),
     Room("tune", ours=()),
-    Room("tune.store", ours=LEAVES),
+    Room("tune.key", ours=LEAVES),
+    Room("tune.revisions", ours=()),
+    Room("tune.networks", ours=()),
+    Room("tune.agree", ours=LEAVES),
+    Room("tune.store", ours=(*LEAVES, "tune.key"), theirs=("torch", "platformdirs")),
+    Room("tune.lookup", ours=(*LEAVES, *KERNELS, "tune.key", "tune.revisions", "tune.store")),
+    Room("tune.standing", ours=(*LEAVES, *LOOKUP)),
     Room("tune.machine_code", ours=(), theirs=("triton",)),
     Room(
         "tune.*",
-        ours=(*BELOW_OPS, "tune.store", "tune.static", "tune.machine_code", "timing"),
+        ours=(*BELOW_OPS, "observe", "timing", "kernels.folding", "tune.*"),
         theirs=("torch", "triton"),
     ),
-    Room("plan", ours=(*LEAVES, *KERNELS, "tune.store")),
-    Room("recipe", ours=(*LEAVES, *KERNELS, "plan")),
+    Room("plan", ours=(*LEAVES, *KERNELS, "tune.key", "tune.store", "tune.standing")),
+    Room("recipe", ours=(*LEAVES, *KERNELS, "plan", "tune.standing", "tune.online")),
+    Room("observe", ours=(*LEAVES, "recipe")),
+    Room("explanation", ours=(*LEAVES, *KERNELS, "observe", "plan")),
+    Room(
+        "warming",
+        ours=(*BELOW_OPS, "observe", "frozen", "fold_ops", "tune.dummies"),
+        theirs=("torch", "triton"),
+    ),
     Room("ops", ours=BELOW_OPS),
     Room("autograd", ours=(*LEAVES, "ops", "recipe")),
     Room("functional", ours=(*LEAVES, "autograd")),
@@ -82,15 +101,21 @@ ROOMS = (
     Room("recurrent", ours=("sequences",)),
     Room("joined", ours=(*LEAVES, "nn")),
     Room("conv_nn", ours=("joined", "nn")),
-    Room("fold_ops", ours=(*LEAVES, "kernels.folding")),
+    Room("fold_ops", ours=(*LEAVES, "kernels.folding", "kernels.fold_configs", "plan", "recipe")),
     Room("frozen", ours=(*LEAVES, "functional", "nn", "fold_ops", "kernels.folding")),
     Room("freeze", ours=(*LEAVES, "frozen", "joined", "fold.pairing")),
     Room("replace", ours=ABOVE),
     Room("fold", ours=(*ABOVE, "fold.*")),
     Room("fold.*", ours=(*ABOVE, "fold", "fold.*")),
-    Room("cli*", ours=("*", ""), theirs=("torch", "triton", "safetensors")),
+    Room("cli*", ours=("*", ""), theirs=("torch", "triton", "safetensors", "rich")),
     Room("__main__", ours=("cli.*",)),
-    Room("", ours=(*ABOVE, "sequences", "recurrent", "replace", "freeze", "fold", "fold.*")),
+    Room(
+        "",
+        ours=(
+            *(*ABOVE, "sequences", "recurrent", "replace", "freeze", "fold", "fold.*"),
+            *("explanation", "warming"),
+        ),
+    ),
 )
 
 
@@ -164,8 +189,8 @@ def test_the_package_keeps_to_the_table(module: str) -> None:
 
 BENCH_MAY = {
     *("", "nn", "functional", "replace", "fold"),  # the public API
-    *("timing", "problem", "plan", "reference", "tune.static", "activation"),
-    *("folding", "fold_ops"),  # what bench.folds measures
+    *("timing", "problem", "plan", "reference", "tune.static", "tune.prune", "activation"),
+    *("tune.networks", "folding", "fold_ops"),  # bench.folds measures the last two
     *(
         "device",
         "kernels",

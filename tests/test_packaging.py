@@ -62,7 +62,11 @@ def test_the_wheel_says_what_it_is(wheel: Path) -> None:
     assert about(wheel)["License-Expression"] == "Apache-2.0"
     assert about(wheel)["Requires-Python"] == ">=3.10"
     always = [r for r in about(wheel).get_all("Requires-Dist", []) if "extra ==" not in r]
-    assert sorted(always) == ["torch>=2.8", "triton>=3.4; sys_platform == 'linux'"]
+    assert sorted(always) == [
+        "platformdirs>=4",
+        "torch>=2.8",
+        "triton>=3.4; sys_platform == 'linux'",
+    ]
 
 
 def closure(name: str) -> set[str]:
@@ -91,7 +95,7 @@ def test_imports_in_an_empty_environment(wheel: Path, tmp_path: Path) -> None:
     venv.create(tmp_path / "empty", with_pip=False, symlinks=True)
     (site,) = (tmp_path / "empty").glob("lib/python*/site-packages")
     here = Path(sysconfig.get_path("purelib"))
-    for name in closure("torch") | closure("triton"):
+    for name in closure("torch") | closure("triton") | closure("platformdirs"):
         for entry in top_levels(name):
             if (here / entry).exists() and not (site / entry).exists():
                 (site / entry).symlink_to(here / entry)

@@ -10,9 +10,10 @@ import torch
 from tritonnorm import device as devices
 from tritonnorm import plan as planning
 from tritonnorm.device import INTERPRETER, KNOWN, Device
+from tritonnorm.explanation import explain
 from tritonnorm.kernels import ALGORITHMS, BY_NAME
 from tritonnorm.kernels.base import Config
-from tritonnorm.plan import Forced, choose, explain, force_plan, plan
+from tritonnorm.plan import Forced, choose, force_plan, plan
 from tritonnorm.problem import Problem, View, minimum_bytes
 
 VIEWS = {
@@ -147,7 +148,7 @@ def test_what_cannot_compute_is_passed_over() -> None:
 
 
 def test_unknown_algorithm() -> None:
-    with pytest.raises(ValueError, match="algorithm: expected one of resident, split, affine"):
+    with pytest.raises(ValueError, match="expected one of resident, split, affine, fold"):
         choose(problem(), H100, forced=Forced("fast"))
     with pytest.raises(ValueError, match="got 'fast'"), force_plan("fast"):
         raise AssertionError("entered")

@@ -34,18 +34,19 @@ from .sync_nn import convert_sync_batchnorm as convert_sync_batchnorm
 from .sync_nn import revert_sync_batchnorm as revert_sync_batchnorm
 
 if TYPE_CHECKING:
-    from .plan import explain as explain
+    from .explanation import explain as explain
     from .plan import force_plan as force_plan
+    from .warming import warmup as warmup
 
 __version__ = "0.1.0"
 
-_NEEDS_TRITON = ("explain", "force_plan")
+_NEEDS_TRITON = {"explain": "explanation", "force_plan": "plan", "warmup": "warming"}
 
 
 def __getattr__(name: str) -> Any:
     """Names that need triton are loaded when they are first asked for."""
     if name in _NEEDS_TRITON:
-        from . import plan
+        import importlib
 
-        return getattr(plan, name)
+        return getattr(importlib.import_module(f".{_NEEDS_TRITON[name]}", __name__), name)
     raise AttributeError(f"module 'tritonnorm' has no attribute {name!r}")

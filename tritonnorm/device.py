@@ -22,6 +22,8 @@ class Device:
         l2_bytes: size of the last-level cache that all of them share.
         bandwidth: theoretical DRAM bandwidth in bytes per second, 0 if unknown.
         warp: threads of a warp (wavefront).
+        bus_bits: width of the memory bus, 0 if unknown.
+        memory_khz: highest clock of the memory, as the driver tells it, 0 if unknown.
     """
 
     name: str
@@ -30,6 +32,31 @@ class Device:
     l2_bytes: int
     bandwidth: float = 0.0
     warp: int = 32
+    bus_bits: int = 0
+    memory_khz: int = 0
+
+    def __post_init__(self) -> None:
+        facts = (self.name, *self.identity.values(), self.bandwidth, self.warp)
+        object.__setattr__(self, "_hash", hash(facts))
+
+    def __hash__(self) -> int:
+        """Worked out once: a device is part of the key of every call."""
+        return self._hash  # type: ignore[attr-defined]
+
+    @property
+    def identity(self) -> dict[str, str | int]:
+        """The facts that tell one kind of GPU from another, whatever its label says.
+
+        A MIG slice has fewer multiprocessors and less cache than the whole, and the 40 and 80 GB
+        parts of one product have different memory.
+        """
+        return {
+            "arch": self.arch,
+            "sms": self.sms,
+            "l2_bytes": self.l2_bytes,
+            "bus_bits": self.bus_bits,
+            "memory_khz": self.memory_khz,
+        }
 
     @classmethod
     def of(cls, device: torch.device) -> Device:
@@ -100,13 +127,14 @@ def _probe(kind: str, index: int | None) -> Device:
     hip = torch.version.hip is not None
     arch = props.gcnArchName.split(":")[0] if hip else f"sm_{props.major}{props.minor}"
     l2_bytes = getattr(props, "L2_cache_size", 0) or 0
+    # 0 where the driver does not tell (unified memory parts).
+    clock = getattr(props, "memory_clock_rate", 0) or 0
+    width = getattr(props, "memory_bus_width", 0) or 0
     if hip:
         known = next((facts for name, facts in AMD.items() if name in props.name), None)
         bandwidth, l2_bytes = known or (0.0, l2_bytes)
     else:
-        # kHz times bits: double data rate; 0 where the driver does not tell (unified memory parts).
-        clock = getattr(props, "memory_clock_rate", 0) or 0
-        width = getattr(props, "memory_bus_width", 0) or 0
+        # kHz times bits, double data rate.
         bandwidth = 2.0 * clock * 1e3 * width / 8
     return Device(
         name=props.name,
@@ -115,4 +143,6 @@ def _probe(kind: str, index: int | None) -> Device:
         l2_bytes=l2_bytes,
         bandwidth=bandwidth,
         warp=getattr(props, "warp_size", 64 if hip else 32),
+        bus_bits=width,
+        memory_khz=clock,
     )

@@ -10,8 +10,12 @@ import torch
 from torch import Tensor
 
 from . import folding
+from .device import Device
 from .folding import Folded, Source
+from .kernels.fold_configs import problem_of
 from .kernels.folding import Batch, affine_dtype, arrange
+from .plan import on_change
+from .recipe import decided
 
 _library = torch.library.Library("tritonnorm", "FRAGMENT")
 _tags = (torch.Tag.pt2_compliant_tag,)
@@ -29,6 +33,7 @@ _library.define(
 _MOST = 64  # tables remembered: one for each set of tensors that is folded together
 _batches: OrderedDict[Any, Batch] = OrderedDict()
 _addresses: OrderedDict[Any, Tensor] = OrderedDict()
+on_change(_batches.clear)
 
 
 def _remembered(known: OrderedDict[Any, Any], key: Any, make: Any) -> Any:
@@ -49,7 +54,12 @@ def _batch(sources: Sequence[Source]) -> Batch:
     )
     constants = tuple((s.eps, s.groups) for s in sources)
     device = sources[0].weight.device
-    return _remembered(_batches, (device, tensors, constants), lambda: Batch.of(sources))
+    return _remembered(_batches, (device, tensors, constants), lambda: _planned(sources))
+
+
+def _planned(sources: Sequence[Source]) -> Batch:
+    where = Device.of(sources[0].weight.device)
+    return Batch.of(sources, decided(problem_of(sources), where).config)
 
 
 def _grad_table(grads: Sequence[Tensor | None], device: torch.device) -> Tensor:
@@ -108,6 +118,16 @@ def _fold_backward(
     batch.launch(True)(batch.table, batch.work, table, flat, affine)
     del kept  # until here
     return flat, affine
+
+
+def rehearse(sources: Sequence[Source]) -> None:
+    """Everything that `fold` and its backward do, but with results that have no memory; for
+    launches that go to a sink."""
+    batch = _batch(sources)
+    flat, affine = (torch.empty(0, dtype=t, device="meta") for t in batch.dtypes[:2])
+    table = torch.empty(0, dtype=torch.int64, device="meta")
+    batch.launch(False)(batch.table, batch.work, flat)
+    batch.launch(True)(batch.table, batch.work, table, flat, affine)
 
 
 def _views(flat: Tensor, sources: Sequence[Source]) -> list[Tensor]:

@@ -152,6 +152,23 @@ class Group:
                 state.folded = None
 
 
+def launches_of(model: nn.Module) -> list[list[Source]]:
+    """The pairs that each launch of a frozen model folds together; those without kernels are left
+    out."""
+    hooks = [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
+    groups = {getattr(hook, "__self__", None): None for hook in hooks}
+    together = [group.layers for group in groups if isinstance(group, Group)]
+    grouped = {layer for layers in together for layer in layers}
+    alone = [m for m in model.modules() if isinstance(m, FrozenLayer) and m not in grouped]
+    found: list[list[Source]] = []
+    for layers in [*together, *([layer] for layer in alone)]:
+        kinds: dict[Any, list[Source]] = {}
+        for source in (Source.of(layer, layer._frozen.bn) for layer in layers):
+            kinds.setdefault(_kind(source), []).append(source)
+        found += [sources for kind, sources in kinds.items() if kind is not None]
+    return found
+
+
 def _derived(mixin: type[nn.Module], plain: type[nn.Module], prefix: str) -> type[nn.Module]:
     name = f"{prefix}{plain.__name__}"
     found = type(name, (mixin, plain), {"__module__": __name__, "__doc__": mixin.__doc__})

@@ -1,9 +1,10 @@
 """Which algorithm computes a problem, in which configuration, and why.
 
-`choose` is pure: the same problem, device and tables give the same plan, without a GPU too. The
-operators keep what it answers (`recipe`); `plan` asks it with what is forced at the moment. The
-order of authority: forced > tables (in the order given: the user's cache, the shipped table of this
-GPU, the nearest entry of its architecture) > formula. Nothing is timed.
+`choose` is pure: the same problem, device and tables give the same plan, without a GPU too. `plan`
+asks it with what is forced at the moment and with the tuned results that count in this process, and
+the operators keep its answer (`recipe`). The order of authority: forced > tables (in the order
+given: the user's cache, the shipped table of this GPU, the nearest entry of its architecture) >
+formula. Nothing is timed.
 """
 
 from __future__ import annotations
@@ -11,12 +12,32 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+from . import settings
 from .device import Device
-from .kernels import ALGORITHMS, BY_NAME
+from .kernels import BY_NAME, FOLDS, algorithms_for
 from .kernels.base import Algorithm, Config
-from .problem import Problem, minimum_bytes
+from .problem import FoldProblem, Problem
+from .tune.key import Key
+from .tune.standing import SEEN, on_change
+from .tune.standing import standing as tuned
+from .tune.store import append_line
+
+__all__ = [
+    "Forced",
+    "Plan",
+    "Table",
+    "Untuned",
+    "choose",
+    "force_plan",
+    "forced",
+    "on_change",
+    "plan",
+    "tuned",
+]
+
+NAMES = (*BY_NAME, *(a.name for a in FOLDS))
 
 
 @dataclass(frozen=True)
@@ -39,7 +60,7 @@ class Table(Protocol):
 
     name: str
 
-    def lookup(self, problem: Problem, device: Device) -> tuple[str, Config] | None:
+    def lookup(self, problem: Any, device: Device) -> tuple[str, Config] | None:
         """Algorithm and configuration for a problem, or None."""
 
 
@@ -51,8 +72,12 @@ class Forced:
     config: Config | None = None
 
 
+class Untuned(LookupError):
+    """There is no tuned result for a problem, and TRITONNORM_STRICT asks for one."""
+
+
 def choose(
-    problem: Problem,
+    problem: Problem | FoldProblem,
     device: Device,
     tables: Sequence[Table] = (),
     forced: Forced | None = None,
@@ -68,28 +93,31 @@ def choose(
     Raises:
         ValueError: ``forced.algorithm`` is not an algorithm.
     """
+    there = {a.name: a for a in algorithms_for(problem)}
     if forced is not None:
-        if forced.algorithm not in BY_NAME:
-            raise ValueError(
-                f"algorithm: expected one of {', '.join(BY_NAME)}; got {forced.algorithm!r}"
-            )
-        algorithm = BY_NAME[forced.algorithm]
-        if algorithm.supports(problem, device) is None:
+        _check_name(forced.algorithm)
+        algorithm = there.get(forced.algorithm)
+        if algorithm is not None and algorithm.supports(problem, device) is None:
             config = forced.config or algorithm.heuristic(problem, device)
             return Plan(algorithm.name, config, "forced")
     for table in tables:
         found = table.lookup(problem, device)
-        if found is not None and BY_NAME[found[0]].supports(problem, device) is None:
+        if found is not None and there[found[0]].supports(problem, device) is None:
             return Plan(*found, table.name)
     able = [
         (algorithm, algorithm.heuristic(problem, device))
-        for algorithm in ALGORITHMS
+        for algorithm in there.values()
         if algorithm.supports(problem, device) is None
     ]
     if not able:
         raise ValueError(f"problem: no algorithm supports {problem}")
     algorithm, config = min(able, key=lambda pair: pair[0].predict(problem, pair[1], device))
     return Plan(algorithm.name, config, "formula")
+
+
+def _check_name(algorithm: str) -> None:
+    if algorithm not in NAMES:
+        raise ValueError(f"algorithm: expected one of {', '.join(NAMES)}; got {algorithm!r}")
 
 
 _forced: Forced | None = None
@@ -100,15 +128,14 @@ def force_plan(algorithm: str, config: Config | None = None) -> Iterator[None]:
     """Within the context every problem that ``algorithm`` supports is computed by it.
 
     Args:
-        algorithm: "resident", "split" or "affine".
+        algorithm: "resident", "split" or "affine"; "fold" for the fold of a frozen model.
         config: its configuration; the formula's if None.
 
     Raises:
         ValueError: the algorithm is unknown.
     """
     global _forced
-    if algorithm not in BY_NAME:
-        raise ValueError(f"algorithm: expected one of {', '.join(BY_NAME)}; got {algorithm!r}")
+    _check_name(algorithm)
     before, _forced = _forced, Forced(algorithm, config)
     try:
         yield
@@ -121,70 +148,32 @@ def forced() -> Forced | None:
     return _forced
 
 
-def plan(problem: Problem, device: Device) -> Plan:
-    """`choose` with what is forced at the moment: what the operators take for the problem."""
-    return choose(problem, device, (), _forced)
+def plan(problem: Problem | FoldProblem, device: Device, by_hand: Forced | None = None) -> Plan:
+    """What the operators take for a problem: `choose`, with the tuned results of this process.
 
+    Args:
+        by_hand: what is forced; None for what `force_plan` forces at the moment.
 
-@dataclass(frozen=True)
-class Alternative:
-    """One algorithm's answer to a problem: why not, or how and at what cost."""
-
-    algorithm: str
-    reason: str | None
-    config: Config | None
-    bytes: int | None
-    microseconds: float | None
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """A plan and its alternatives; ``str()`` of it is a table.
-
-    Attributes:
-        plan: what `choose` answers.
-        minimum: fewest bytes of the problem (`minimum_bytes`).
-        alternatives: one row per algorithm, with the bytes it moves and the time predicted for it.
+    Raises:
+        Untuned: TRITONNORM_STRICT is set, and nothing was tuned for the problem on this GPU.
     """
-
-    problem: Problem
-    device: Device
-    plan: Plan
-    minimum: int
-    alternatives: tuple[Alternative, ...]
-
-    def __str__(self) -> str:
-        view, config = self.problem.view, self.plan.config
-        order = "[P, C]" if view.channels_last else "[N, C, P]"
-        lines = [
-            f"{self.problem.direction} of N={view.n} C={view.c} P={view.p} in order {order}, "
-            f"{str(self.problem.dtype).removeprefix('torch.')}, on {self.device.name}",
-            f"-> {self.plan.algorithm} ({self.plan.source}), {config}",
-            f"   fewest bytes {self.minimum:,}",
-        ]
-        for a in self.alternatives:
-            if a.bytes is None:
-                lines.append(f"   {a.algorithm:<10} no: {a.reason}")
-            else:
-                ratio = a.bytes / self.minimum
-                lines.append(
-                    f"   {a.algorithm:<10} {a.bytes:,} bytes, {ratio:.2f}x the fewest, "
-                    f"{a.microseconds:.1f} us predicted"
-                )
-        return "\n".join(lines)
+    tables = tuned(device)
+    chosen = choose(problem, device, tables, by_hand or _forced)
+    if tables and chosen.source not in ("forced", *SEEN):
+        if (file := settings.record_file()) is not None:
+            append_line(file, Key.of(problem).to_json())
+        if settings.strict():
+            raise Untuned(_missing(Key.of(problem), tables[-1]))
+        settings.logger.debug("%s: no tuned result, %s", Key.of(problem), chosen.source)
+    return chosen
 
 
-def explain(problem: Problem, device: Device, forced: Forced | None = None) -> Explanation:
-    """Say which algorithm computes a problem, who decided, and what the others would cost."""
-    rows = []
-    for algorithm in ALGORITHMS:
-        reason = algorithm.supports(problem, device)
-        if reason is not None:
-            rows.append(Alternative(algorithm.name, reason, None, None, None))
-            continue
-        config = algorithm.heuristic(problem, device)
-        moved = algorithm.model_bytes(problem, config)
-        seconds = algorithm.predict(problem, config, device)
-        rows.append(Alternative(algorithm.name, None, config, moved, seconds * 1e6))
-    chosen = choose(problem, device, (), forced)
-    return Explanation(problem, device, chosen, minimum_bytes(problem), tuple(rows))
+def _missing(key: Key, known: Any) -> str:
+    """What there is instead of a tuned result."""
+    lines = [f"TRITONNORM_STRICT is set, and there is no tuned result for {key}"]
+    for entry in known.closest(key):
+        ours, theirs = key.to_json(), entry.key.to_json()
+        differ = [f"{n}: {theirs[n]} for {v}" for n, v in ours.items() if theirs[n] != v]
+        if entry.device["sms"]:
+            lines.append(f"near: {entry.key} ({'; '.join(differ) or 'on another GPU'})")
+    return "\n".join([*lines, "`tritonnorm tune` makes one"])

@@ -179,3 +179,39 @@ def minimum_bytes(problem: Problem) -> int:
     else:
         tensors += 1 + problem.needs_dx + problem.needs_dresidual
     return tensors * problem.bytes + problem.mask * problem.view.mask_bytes
+
+
+@dataclass(frozen=True)
+class FoldProblem:
+    """The fold of all (layer, batch norm) pairs of a model, and its gradient: what a plan may
+    depend on.
+
+    Attributes:
+        dtype: of the weights.
+        affine: of gamma and beta.
+        statistics: of the running statistics.
+        pairs: how many there are.
+        channels: of all pairs together.
+        elements: of all weights together.
+        rows: whether every weight has a row per channel, each at a multiple of 16 bytes.
+    """
+
+    dtype: torch.dtype
+    affine: torch.dtype
+    statistics: torch.dtype
+    pairs: int
+    channels: int
+    elements: int
+    rows: bool
+
+    @property
+    def accumulator(self) -> torch.dtype:
+        """The dtype that is computed in."""
+        wide = torch.float64 in (self.dtype, self.affine, self.statistics)
+        return torch.float64 if wide else torch.float32
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the weights that fold and gradient load and store: read, write; read twice,
+        write."""
+        return 5 * self.elements * self.dtype.itemsize

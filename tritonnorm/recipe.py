@@ -1,7 +1,7 @@
 """A recipe: everything about a call that does not depend on the contents of its tensors.
 
 It is worked out once per kind of call, and found by one look-up in all later ones. The way from a
-tensor to its kernels: shapes and strides -> `View` -> `Problem` -> `plan.choose` -> launches.
+tensor to its kernels: shapes and strides -> `View` -> `Problem` -> `plan.plan` -> launches.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from . import settings
 from .activation import ACTIVATIONS
-from .device import Device
+from .device import INTERPRETER, Device
 from .kernels.base import EpilogueArguments
-from .plan import Forced, Plan, choose
-from .problem import Activity, Problem, View
+from .plan import Forced, Plan, on_change, plan
+from .problem import Activity, FoldProblem, Problem, View
+from .tune.standing import SEEN
 
 
 def activity(activation: str) -> Activity:
@@ -58,6 +60,42 @@ class Recipe(NamedTuple):
     copies: bool
 
 
+def described(
+    direction: Literal["forward", "backward"],
+    sizes: tuple[int, ...],
+    strides: tuple[int, ...],
+    dtype: torch.dtype,
+    batch_statistics: bool,
+    activation: str,
+    residual: bool,
+    mask: bool,
+    needs: tuple[bool, ...] = (),
+) -> tuple[Problem, tuple[int, ...], bool]:
+    """The problem of a call, strides of a dense twin of the input, and whether it is copied."""
+    view, dense, copies = view_of(sizes, strides)
+    kind = activity(activation)
+    problem = Problem(direction, batch_statistics, view, dtype, kind, residual, mask)
+    if direction == "backward":
+        dx, dresidual, dweight, dbias = needs
+        problem = replace(
+            problem, needs_dx=dx, needs_dresidual=dresidual, needs_dparams=dweight or dbias
+        )
+    return problem, dense, copies
+
+
+def decided(problem: Problem | FoldProblem, device: Device, forced: Forced | None = None) -> Plan:
+    """The plan of a problem; where TRITONNORM_TUNE asks for it, the problem is tuned first."""
+    chosen = plan(problem, device, forced)
+    if chosen.source == "forced" or device.arch == INTERPRETER.arch:
+        return chosen
+    mode = settings.tune_mode()
+    if mode == "force" or (mode == "on" and chosen.source not in SEEN):
+        from .tune import online
+
+        return online.tuned(problem, device, chosen)
+    return chosen
+
+
 @lru_cache(maxsize=16384)
 def recipe(
     direction: Literal["forward", "backward"],
@@ -74,19 +112,17 @@ def recipe(
     needs: tuple[bool, ...] = (),
 ) -> Recipe:
     """Made once for all calls that are alike."""
-    view, dense, copies = view_of(sizes, strides)
-    kind = activity(activation)
-    problem = Problem(direction, batch_statistics, view, dtype, kind, residual, mask)
+    problem, dense, copies = described(
+        direction, sizes, strides, dtype, batch_statistics, activation, residual, mask, needs
+    )
     epilogue = EpilogueArguments.named(activation, activation_args)
+    chosen = decided(problem, device, forced)
     run: Callable[[Any], None]
     if direction == "forward":
-        chosen = choose(problem, device, (), forced)
         run = chosen.runs.forward(problem, chosen.config, epilogue)
     else:
-        dx, dresidual, dweight, dbias = needs
-        problem = replace(
-            problem, needs_dx=dx, needs_dresidual=dresidual, needs_dparams=dweight or dbias
-        )
-        chosen = choose(problem, device, (), forced)
         run = chosen.runs.backward(problem, chosen.config, epilogue)
     return Recipe(run, chosen, problem, dense, copies)
+
+
+on_change(recipe.cache_clear)

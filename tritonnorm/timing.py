@@ -216,6 +216,7 @@ def in_turn(
     budget: float | None = None,
     quiet: Quiet | None = None,
     accept: Callable[[], bool] | None = None,
+    now: Callable[[], float] = time.monotonic,
 ) -> dict[str, Timing]:
     """Take samples of all variants in turn.
 
@@ -232,16 +233,17 @@ def in_turn(
         accept: asked after each round; what was measured in a round that it refuses is dropped and
             the round repeated, up to ``rounds`` times in all, or until the budget is spent. After
             that all rounds count.
+        now: the clock of the budget.
 
     Returns:
         Name -> seconds per call.
     """
     order = random.Random(seed)
     seconds: dict[str, list[float]] = {name: [] for name in measures}
-    end = time.monotonic() + (float("inf") if budget is None else budget)
+    end = now() + (float("inf") if budget is None else budget)
     done = refused = 0
     while done < rounds:
-        late = time.monotonic() >= end
+        late = now() >= end
         if done >= LEAST_ROUNDS and late:
             break
         sample = {name: measures[name]() for name in order.sample(list(measures), len(measures))}

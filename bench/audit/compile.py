@@ -8,8 +8,6 @@ anywhere.
 
 from __future__ import annotations
 
-import linecache
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -23,15 +21,13 @@ from tritonnorm.device import KNOWN, simulated
 from tritonnorm.kernels import BY_NAME
 from tritonnorm.kernels.base import Config
 from tritonnorm.plan import force_plan, plan
+from tritonnorm.tune.prune import access_width, widths
 from tritonnorm.tune.static import KernelReport
 
 __all__ = ["GPUS", "CompileCase", "CompileRow", "audit", "audit_in_children", "cases"]
 
 #: Target -> the GPU whose description plans for it.
 GPUS = {"sm_80": "a100", "sm_90": "h200", "sm_100": "b200", "gfx942": "mi300x"}
-WIDE = 128  # bits
-TENSORS = ("x", "y", "dy", "dx", "residual", "dresidual")
-_ACCESS = re.compile(r"tl\.(load|store)\((\w+)_ptr\b")
 
 
 @dataclass(frozen=True)
@@ -149,23 +145,7 @@ def cases(quick: bool = False) -> list[CompileCase]:
 
 def expected_width(case: CompileCase, direction: Direction, config: Config) -> int:
     """Bits that an access can have: by what divides the contiguous axis, and a thread's share."""
-    problem = case.call.problem(direction)
-    device = KNOWN[GPUS[case.target]]
-    contiguous = config.block_c if problem.view.channels_last else config.block_p
-    of_thread = max(1, config.tile // (config.num_warps * device.warp))
-    elements = min(problem.vector, contiguous, of_thread)
-    return min(WIDE, elements * case.call.dtype.itemsize * 8)
-
-
-def widths(report: KernelReport) -> dict[str, int]:
-    """Tensor (and "mask") -> bits of its narrowest access; the source lines say which tensor."""
-    found: dict[str, int] = {}
-    for access in report.accesses:
-        line = linecache.getline(access.file, access.line)
-        for kind, name in _ACCESS.findall(line):
-            if kind == access.kind and name in (*TENSORS, "mask"):
-                found[name] = min(access.bits, found.get(name, access.bits))
-    return found
+    return access_width(case.call.problem(direction), config, KNOWN[GPUS[case.target]])
 
 
 def audit(case: CompileCase) -> list[CompileRow]:

@@ -17,6 +17,7 @@ from bench.layers import (
     densenet121,
     distinct,
     efficientnet_b0,
+    mobilenet_v3,
     twin,
     unet3d,
 )
@@ -163,3 +164,14 @@ def test_the_densenet_that_is_folded_is_densenet121() -> None:
     with torch.device("meta"):
         net.to("meta").eval()(torch.empty(1, 3, 224, 224))
     assert seen == [(layer.channels, layer.plane) for layer in densenet121()]
+
+
+def test_mobilenet_v3_by_its_table() -> None:
+    """Howard et al. 2019, table 1: 15 blocks, of which the first does not expand."""
+    layers = list(mobilenet_v3())
+    assert len(layers) == 1 + 2 + 14 * 3 + 1
+    assert layers[-1] == Layer(960, (7, 7), "hardswish")
+    assert [sum(layer.plane == (s, s) for layer in layers) for s in (112, 56, 28, 14, 7)] == [
+        *(4, 6, 9, 18, 9),
+    ]
+    assert sum(layer.residual for layer in layers) == 10

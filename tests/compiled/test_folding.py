@@ -78,7 +78,8 @@ def test_a_step_of_many_pairs_is_two_launches_and_one_variant_each() -> None:
 
 
 def _programs(sources: list[Source]) -> int:
-    blocks = [kernels.TILES[kernels.tile_kind(s.weight, kernels.layout(s))][0] for s in sources]  # type: ignore[arg-type]
+    tiles = kernels.tiles_of(kernels.USUAL)
+    blocks = [tiles[kernels.tile_kind(s.weight, kernels.layout(s))][0] for s in sources]  # type: ignore[arg-type]
     return sum(-(-s.mean.numel() // b) for s, b in zip(sources, blocks, strict=True))
 
 

@@ -22,7 +22,8 @@ from tests.compiled.sample_kernels import (
     scale_kernel,
     square,
 )
-from tritonnorm.tune.static import CompileError, KernelSpec, compile_many, inspect_kernel
+from tritonnorm.tune.pool import KernelSpec, compile_many
+from tritonnorm.tune.static import CompileError, inspect_kernel
 
 VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 OLD, NEW = VERSION < (3, 5), VERSION >= (3, 9)
@@ -202,7 +203,8 @@ def test_compiler_errors_name_the_kernel():
 
 
 GUARD = """
-from tritonnorm.tune.static import KernelSpec, compile_many, inspect_kernel
+from tritonnorm.tune.pool import KernelSpec, compile_many
+from tritonnorm.tune.static import inspect_kernel
 if __name__ == "__main__":
     path = "tests.compiled.sample_kernels:rows_kernel"
     types = {"x_ptr": "*bf16", "o_ptr": "*bf16", "HWv": "i32"}

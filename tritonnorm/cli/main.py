@@ -1,4 +1,4 @@
-"""``tritonnorm fold``, ``replace`` and ``info``; also ``python -m tritonnorm``."""
+"""``tritonnorm fold``, ``replace``, ``tune`` and ``info``; also ``python -m tritonnorm``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 import tritonnorm
+from tritonnorm.cli import tuning
 from tritonnorm.cli.files import inputs_from, load_into, model_from, writer
 from tritonnorm.device import Device
 from tritonnorm.report import Report
@@ -21,7 +22,7 @@ __all__ = ["main", "parser"]
 def parser() -> argparse.ArgumentParser:
     """The commands and their options."""
     whole = argparse.ArgumentParser(
-        prog="tritonnorm", description="Batch norms of a model: fold them, replace them."
+        prog="tritonnorm", description="Batch norms of a model: fold them, replace them, tune them."
     )
     whole.add_argument("--version", action="version", version=tritonnorm.__version__)
     commands = whole.add_subparsers(dest="command", metavar="command", required=True)
@@ -42,6 +43,8 @@ def parser() -> argparse.ArgumentParser:
     replace.add_argument("--html", type=Path, metavar="FILE", help="write the report as a page")
     replace.set_defaults(call=_replace)
 
+    tuning.add_to(commands, _model_options)
+
     info = commands.add_parser("info", help="versions, and the GPU as the planner sees it")
     info.set_defaults(call=_info)
     return whole
@@ -60,8 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _model_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--model", required=True, metavar="MODULE:FACTORY")
+def _model_options(command: argparse.ArgumentParser, required: bool = True) -> None:
+    command.add_argument("--model", required=required, metavar="MODULE:FACTORY")
     command.add_argument("--options", default="{}", metavar="JSON", help="arguments of the factory")
     command.add_argument(
         "--input",
@@ -117,6 +120,12 @@ def _info(options: argparse.Namespace) -> int:
     except ImportError:
         version = "not installed"
     print(f"tritonnorm {tritonnorm.__version__}, torch {torch.__version__}, triton {version}")
+    if version != "not installed":
+        from tritonnorm.tune import standing
+
+        cache = standing.cache()
+        tables = len(list(standing.SHIPPED.glob("*.json")))
+        print(f"tuned results: {len(cache.entries())} in {cache.root}, {tables} shipped tables")
     if not torch.cuda.is_available():
         print("no GPU that PyTorch can use: batch norms run in PyTorch")
         return 0

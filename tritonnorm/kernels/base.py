@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -222,6 +222,9 @@ class Launch:
     """
 
     __slots__ = ("_grid", "_kernel", "_options", "_sizes", "_tail")
+    sink: ClassVar[Callable[[Launch, tuple[Any, ...]], None] | None] = (
+        None  # takes launches that are not to be made
+    )
 
     def __init__(
         self,
@@ -239,6 +242,9 @@ class Launch:
 
     def __call__(self, *tensors: Any) -> None:
         """Launch on the device of the first tensor."""
+        if Launch.sink is not None:
+            Launch.sink(self, tensors)
+            return
         if not isinstance(self._kernel, JITFunction):  # the interpreter
             self._by_triton(tensors)
             return
@@ -274,6 +280,20 @@ class Launch:
             known[key] = self._by_triton(tensors)
         else:
             compiled[self._grid](*tensors, *self._tail)
+
+    def compile(self, device: int, tensors: tuple[Any, ...]) -> Any:
+        """Compile for tensors of these dtypes, aligned, without a launch; None if that is done."""
+        key = (self, *(None if t is None or t.__class__ is float else t.dtype for t in tensors))
+        if key in _compiled[device] or not isinstance(self._kernel, JITFunction):
+            return None
+        made = self._kernel.warmup(*tensors, *self._sizes, grid=self._grid, **self._options)
+        _compiled[device][key] = made
+        return made
+
+    @property
+    def parts(self) -> tuple[Any, tuple[int | None, ...], dict[str, Any]]:
+        """The kernel, its sizes, and its compile-time arguments and options."""
+        return self._kernel, self._sizes, self._options
 
     def _by_triton(self, tensors: tuple[Any, ...]) -> Any:
         return self._kernel[self._grid](*tensors, *self._sizes, **self._options)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import triton
@@ -19,14 +19,13 @@ from torch import Tensor
 
 from tritonnorm.folding import Source
 
-from .base import Launch, cdiv
+from .base import Config, Launch, cdiv
 
 # Columns of the table. The first six are addresses, 0 for a tensor that is None.
 COLUMNS = ("w", "bias", "mean", "var", "gamma", "beta", "w_at", "b_at", "c_at", "c", "j", "i", "k")
 WIDTH = 16  # a row of the table: the columns, then kind, first program, bits of eps
-# Kinds of tiles, channels by elements of a row. Any layout; short rows; long rows. 1024 elements
-# for 4 warps are 8 a thread: two 16-byte loads of float32.
-TILES = ((16, 64), (16, 64), (4, 256))
+# What the formula takes: 1024 elements for 4 warps are 8 a thread, two 16-byte loads of float32.
+USUAL = Config(16, 1, 64)
 ALIGN = 16  # elements between the starts of results in their buffer: 16 bytes in every dtype
 
 
@@ -41,6 +40,8 @@ class Batch:
         weights: elements of a buffer that holds all w' and b'.
         channels: elements of a buffer that holds one vector of each pair.
         dtypes: of the weights, of gamma and beta, of the statistics.
+        config: tiles (`tiles_of`) and warps.
+        launches: forward and backward, once they were asked for.
     """
 
     table: Tensor
@@ -49,10 +50,13 @@ class Batch:
     weights: int
     channels: int
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]
+    config: Config = USUAL
+    launches: dict[bool, Launch] = field(default_factory=dict, compare=False)
 
     @classmethod
-    def of(cls, sources: Sequence[Source]) -> Batch:
+    def of(cls, sources: Sequence[Source], config: Config = USUAL) -> Batch:
         """The table for pairs whose tensors `layout` accepts, on the device of the first."""
+        tiles = tiles_of(config)
         places, weights, channels = arrange(sources)
         rows: list[list[int]] = []
         work: list[int] = []
@@ -62,28 +66,33 @@ class Batch:
             i, j, k = shape
             c = s.mean.numel()
             addresses = [0 if t is None else t.data_ptr() for t in s.tensors]
-            kind = tile_kind(s.weight, shape)
+            kind = tile_kind(s.weight, shape, tiles)
             (eps,) = struct.unpack("q", struct.pack("d", s.eps))
             rows.append([*addresses, *places[n], c, j, i, k, kind, len(work), eps])
-            work += [n] * cdiv(c, TILES[kind][0])
+            work += [n] * cdiv(c, tiles[kind][0])
         first = sources[0]
         device = first.weight.device
         return cls(
             torch.tensor(rows, dtype=torch.int64).to(device),
             torch.tensor(work, dtype=torch.int32).to(device),
             places, weights, channels,
-            (first.weight.dtype, affine_dtype(sources), first.mean.dtype),
+            (first.weight.dtype, affine_dtype(sources), first.mean.dtype), config,
         )  # fmt: skip
 
     def launch(self, backward: bool) -> Launch:
         """`fold_kernel` or `fold_gradient_kernel` over all programs; made once for many steps."""
+        if backward in self.launches:
+            return self.launches[backward]
         wide = torch.float64 in self.dtypes
         kernel = fold_gradient_kernel if backward else fold_kernel
-        return Launch(
-            kernel, (self.work.numel(),), (self.channels,) if backward else (), 4,
+        made = self.launches[backward] = Launch(
+            kernel, (self.work.numel(),), (self.channels,) if backward else (),
+            self.config.num_warps,
             W=_TYPES[self.dtypes[0]], G=_TYPES[self.dtypes[1]], S=_TYPES[self.dtypes[2]],
             ACC=tl.float64 if wide else tl.float32, VEC=16 // self.dtypes[0].itemsize,
+            TILE_C=self.config.block_c, TILE_M=self.config.block_p,
         )  # fmt: skip
+        return made
 
 
 _TYPES = {
@@ -130,12 +139,20 @@ def layout(source: Source) -> tuple[int, int, int] | None:
     return (inputs, outputs, kernel) if w.is_contiguous() else (inputs * kernel, outputs, 1)
 
 
-def tile_kind(weight: Tensor, shape: tuple[int, int, int]) -> int:
-    """Which of `TILES`; those of rows need every row to start at a multiple of 16 bytes."""
+def tiles_of(config: Config) -> tuple[tuple[int, int], ...]:
+    """Kinds of tiles, channels by elements of a row: any layout; short rows; long rows."""
+    c, m = config.block_c, config.block_p
+    return (c, m), (c, m), (c // 4, 4 * m)
+
+
+def tile_kind(
+    weight: Tensor, shape: tuple[int, int, int], tiles: Sequence[tuple[int, int]] = tiles_of(USUAL)
+) -> int:
+    """Which of the tiles; those of rows need every row to start at a multiple of 16 bytes."""
     i, _, k = shape
     if i != 1 or k * weight.element_size() % 16 or weight.data_ptr() % 16:
         return 0
-    return 1 if k <= TILES[1][1] else 2
+    return 1 if k <= tiles[1][1] else 2
 
 
 @triton.jit
@@ -225,17 +242,19 @@ def fold_kernel(
     S: tl.constexpr,  # statistics
     ACC: tl.constexpr,
     VEC: tl.constexpr,
+    TILE_C: tl.constexpr,
+    TILE_M: tl.constexpr,
 ):
     """Weight and bias of one channel block of one pair."""
     row = table_ptr + tl.load(work_ptr + tl.program_id(0)).to(tl.int64) * 16
     block = tl.program_id(0) - tl.load(row + 14).to(tl.int32)
     kind = tl.load(row + 13)
     if kind == 2:
-        _fold(row, block, out_ptr, 4, 256, True, W, G, S, ACC, VEC)
+        _fold(row, block, out_ptr, TILE_C // 4, TILE_M * 4, True, W, G, S, ACC, VEC)
     elif kind == 1:
-        _fold(row, block, out_ptr, 16, 64, True, W, G, S, ACC, VEC)
+        _fold(row, block, out_ptr, TILE_C, TILE_M, True, W, G, S, ACC, VEC)
     else:
-        _fold(row, block, out_ptr, 16, 64, False, W, G, S, ACC, VEC)
+        _fold(row, block, out_ptr, TILE_C, TILE_M, False, W, G, S, ACC, VEC)
 
 
 @triton.jit
@@ -280,6 +299,8 @@ def fold_gradient_kernel(
     S: tl.constexpr,
     ACC: tl.constexpr,
     VEC: tl.constexpr,
+    TILE_C: tl.constexpr,
+    TILE_M: tl.constexpr,
 ):
     """All gradients of one channel block of one pair."""
     pair = tl.load(work_ptr + tl.program_id(0)).to(tl.int64)
@@ -289,13 +310,16 @@ def fold_gradient_kernel(
     kind = tl.load(row + 13)
     if kind == 2:
         _fold_gradient(
-            row, grads, block, out_ptr, affine_ptr, CHANNELS, 4, 256, True, W, G, S, ACC, VEC
-        )
+            row, grads, block, out_ptr, affine_ptr, CHANNELS,
+            TILE_C // 4, TILE_M * 4, True, W, G, S, ACC, VEC,
+        )  # fmt: skip
     elif kind == 1:
         _fold_gradient(
-            row, grads, block, out_ptr, affine_ptr, CHANNELS, 16, 64, True, W, G, S, ACC, VEC
-        )
+            row, grads, block, out_ptr, affine_ptr, CHANNELS,
+            TILE_C, TILE_M, True, W, G, S, ACC, VEC,
+        )  # fmt: skip
     else:
         _fold_gradient(
-            row, grads, block, out_ptr, affine_ptr, CHANNELS, 16, 64, False, W, G, S, ACC, VEC
-        )
+            row, grads, block, out_ptr, affine_ptr, CHANNELS,
+            TILE_C, TILE_M, False, W, G, S, ACC, VEC,
+        )  # fmt: skip

@@ -8,14 +8,10 @@ text. No GPU and no driver is needed; triton's own wheels bring the tools.
 
 from __future__ import annotations
 
-import concurrent.futures
-import contextlib
 import hashlib
 import importlib
-import multiprocessing
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tritonnorm.tune.machine_code import Access, amd_resources, nvidia_resources
@@ -27,10 +23,10 @@ __all__ = [
     "Access",
     "CompileError",
     "KernelReport",
-    "KernelSpec",
-    "compile_many",
     "inspect_compiled",
     "inspect_kernel",
+    "is_jit",
+    "resolve",
 ]
 
 WIDE = 128  # bits: the widest access that every supported GPU has
@@ -79,18 +75,6 @@ class KernelReport:
         )
 
 
-@dataclass(frozen=True)
-class KernelSpec:
-    """What to compile. The arguments are those of :func:`inspect_kernel`."""
-
-    kernel: Any
-    signature: Mapping[str, Any]
-    constexprs: Mapping[str, Any] = field(default_factory=dict)
-    divisible: Sequence[str] = ()
-    target: Any = "sm_90"
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-
 def inspect_kernel(
     kernel: Any,
     signature: Mapping[str, Any],
@@ -98,6 +82,7 @@ def inspect_kernel(
     divisible: Sequence[str] = (),
     target: GPUTarget | str = "sm_90",
     options: Mapping[str, Any] | None = None,
+    disassemble: bool = True,
 ) -> KernelReport:
     """Compile `kernel` for `target` and report on the machine code.
 
@@ -112,6 +97,7 @@ def inspect_kernel(
         target: ``"sm_80"``, ``"sm_100"``, ``"gfx942"``, ... or a ``GPUTarget``.
         options: ``num_warps``, ``num_stages``, ``maxnreg``, ... ``enable_fp_fusion`` is on unless
             given.
+        disassemble: as for :func:`inspect_compiled`.
 
     Raises:
         RuntimeError: in a process that interprets kernels (``TRITON_INTERPRET=1``).
@@ -121,7 +107,7 @@ def inspect_kernel(
     _require_compiler()
     import triton
 
-    kernel = _resolve(kernel)
+    kernel = resolve(kernel)
     chosen = _target(target)
     source = _source(kernel, signature, constexprs or {}, divisible)
     settings = {"enable_fp_fusion": True, **(options or {})}
@@ -132,7 +118,7 @@ def inspect_kernel(
             f"kernel {kernel.__name__} for {_target_name(chosen)} with {settings} and "
             f"{dict(constexprs or {})}: {error}"
         ) from error
-    return inspect_compiled(compiled)
+    return inspect_compiled(compiled, disassemble)
 
 
 def inspect_compiled(compiled: Any, disassemble: bool = True) -> KernelReport:
@@ -153,90 +139,20 @@ def inspect_compiled(compiled: Any, disassemble: bool = True) -> KernelReport:
     )
 
 
-def compile_many(specs: Sequence[KernelSpec], processes: int = 1) -> list[KernelReport]:
-    """Inspect every spec, in order, in this process or in a pool of new ones.
-
-    With ``processes > 1`` kernels and constexpr functions travel by import path: they must be
-    attributes of an importable module. The pool also works from a process that interprets kernels.
-
-    Raises:
-        ValueError: for a kernel that cannot be imported by name; else as :func:`inspect_kernel`.
-    """
-    if processes <= 1:
-        return [_inspect_spec(spec) for spec in specs]
-    portable = [_portable_spec(spec) for spec in specs]
-    pool = concurrent.futures.ProcessPoolExecutor(
-        min(processes, max(1, len(specs))), multiprocessing.get_context("spawn")
-    )
-    with pool:
-        with _environment(TRITON_INTERPRET="0"):  # what a new process sees when it imports triton
-            jobs = [pool.submit(_inspect_spec, spec) for spec in portable]
-        try:
-            return [job.result() for job in jobs]
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-@dataclass(frozen=True)
-class _ByPath:
-    """A jit function on its way to another process."""
-
-    path: str
-
-
-def _inspect_spec(spec: KernelSpec) -> KernelReport:
-    return inspect_kernel(
-        spec.kernel,
-        spec.signature,
-        {name: _resolve_value(value) for name, value in spec.constexprs.items()},
-        spec.divisible,
-        spec.target,
-        spec.options,
-    )
-
-
-def _portable_spec(spec: KernelSpec) -> KernelSpec:
-    kernel = spec.kernel if isinstance(spec.kernel, str) else _path_of(spec.kernel)
-    constexprs = {name: _portable_value(value) for name, value in spec.constexprs.items()}
-    return replace(spec, kernel=kernel, constexprs=constexprs)
-
-
-def _portable_value(value: Any) -> Any:
-    if isinstance(value, tuple) and not hasattr(value, "_fields"):
-        return tuple(_portable_value(v) for v in value)
-    return _ByPath(_path_of(value)) if _is_jit(value) else value
-
-
-def _resolve_value(value: Any) -> Any:
-    if isinstance(value, tuple) and not hasattr(value, "_fields"):
-        return tuple(_resolve_value(v) for v in value)
-    return _resolve(value.path) if isinstance(value, _ByPath) else value
-
-
-def _is_jit(value: Any) -> bool:
+def is_jit(value: Any) -> bool:
+    """Whether a value is a function that triton compiles, or interprets."""
     return hasattr(value, "fn") and hasattr(value, "arg_names")
 
 
-def _path_of(kernel: Any) -> str:
-    function = kernel.fn
-    module, name = function.__module__, function.__name__
-    if getattr(importlib.import_module(module), name, None) is not kernel:
-        raise ValueError(
-            f"kernel: expected an attribute of an importable module, "
-            f"got {module}:{function.__qualname__}"
-        )
-    return f"{module}:{name}"
-
-
-def _resolve(kernel: Any) -> Any:
+def resolve(kernel: Any) -> Any:
+    """A jit function, given itself or by its import path."""
     if not isinstance(kernel, str):
         return kernel
     module, separator, name = kernel.partition(":")
     if not separator or not module or not name:
         raise ValueError(f"kernel: expected 'module:name', got {kernel!r}")
     found = getattr(importlib.import_module(module), name, None)
-    if not _is_jit(found):
+    if not is_jit(found):
         raise ValueError(f"kernel: expected a jit function at {kernel!r}, got {found!r}")
     return found
 
@@ -334,17 +250,3 @@ def _nested_keys(value: Any) -> list[str]:
     if isinstance(value, tuple):
         return [key for item in value for key in _nested_keys(item)]
     return [value.cache_key] if hasattr(value, "cache_key") else []
-
-
-@contextlib.contextmanager
-def _environment(**values: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, old in before.items():
-            if old is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = old

@@ -1,0 +1,142 @@
+"""The tensors to tune on: every candidate passes the check, and one that is wrong does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from tests import tuned
+from tritonnorm.device import INTERPRETER, KNOWN
+from tritonnorm.kernels import ALGORITHMS, FOLDS
+from tritonnorm.kernels.split import Split
+from tritonnorm.problem import FoldProblem, Problem
+from tritonnorm.tune.scratch import NormTrial, sets_for
+from tritonnorm.tune.scratch_fold import FoldTrial
+from tritonnorm.tune.search import Wrong
+
+CPU, H200 = torch.device("cpu"), KNOWN["h200"]
+FUSED = {"activity": "two_valued", "residual": True, "mask": True}
+SMALL = replace(INTERPRETER, l2_bytes=1 << 10)
+
+
+def small(direction: str = "forward", **options: Any) -> Problem:
+    return tuned.problem(3, 20, 49, direction=direction, dtype=torch.float32, **options)
+
+
+PROBLEMS = [
+    small(),
+    small(channels_last=True, **FUSED),
+    small(activity="smooth", residual=True),
+    small(batch_statistics=False, activity="two_valued"),
+    small("backward", **FUSED, needs_dresidual=True),
+    small("backward", channels_last=True, activity="two_valued"),
+    small("backward", activity="smooth", residual=True, needs_dresidual=True),
+    small("backward", batch_statistics=False, activity="smooth"),
+    small("backward", batch_statistics=False, needs_dparams=False, **FUSED),
+    replace(small(), dtype=torch.bfloat16),
+]
+
+
+def candidates(p: Problem) -> list[Any]:
+    able = [a for a in ALGORITHMS if a.supports(p, H200) is None]
+    return [
+        (a.name, config) for a in able for config in (a.configs(p, H200)[0], a.configs(p, H200)[-1])
+    ]
+
+
+@pytest.mark.parametrize("p", PROBLEMS, ids=lambda p: f"{p.direction} {p.activity} {p.dtype}")
+def test_what_is_right_passes(p: Problem) -> None:
+    trial = NormTrial(p, CPU, SMALL)
+    assert len(trial.sets) >= 2
+    for candidate in candidates(p):
+        trial.check(candidate)
+
+
+def test_strided_input() -> None:
+    p = tuned.problem(3, 4, 6, dtype=torch.float32)
+    p = replace(p, view=replace(p.view, strides=(60, 12, 2)))
+    trial = NormTrial(p, CPU, SMALL)
+    assert trial.sets[0].x.stride() == (60, 12, 2)
+    trial.check(candidates(p)[0])
+
+
+def breaks(monkeypatch: pytest.MonkeyPatch, harm: Callable[[Any], object]) -> None:
+    """Split, but something happens to its results."""
+    for direction in ("forward", "backward"):
+        make = getattr(Split, direction)
+
+        def broken(self: Any, *args: Any, make: Any = make) -> Callable[[Any], None]:
+            run = make(self, *args)
+
+            def both(a: Any) -> None:
+                run(a)
+                harm(a)
+
+            return both
+
+        monkeypatch.setattr(Split, direction, broken)
+
+
+@pytest.mark.parametrize(
+    ("harm", "p", "message"),
+    [
+        (lambda a: a.y[2, 3, 40:].fill_(float("nan")), PROBLEMS[0], "y is not written everywhere"),
+        (lambda a: a.y[1].mul_(2), PROBLEMS[0], "y is wrong"),
+        (lambda a: a.rstd.mul_(2), PROBLEMS[0], "rstd is wrong"),
+        (lambda a: a.running_var.mul_(2), PROBLEMS[0], "running statistics is wrong"),
+        (lambda a: a.mask.fill_(255), PROBLEMS[1], "the mask is wrong"),
+        (lambda a: a.dx[0].zero_(), PROBLEMS[4], "dx is wrong"),
+        (lambda a: a.dresidual[0].zero_(), PROBLEMS[4], "dresidual is wrong"),
+        (lambda a: a.dweight.add_(100), PROBLEMS[4], "dweight is wrong"),
+        (lambda a: a.dbias.fill_(float("nan")), PROBLEMS[5], "dbias is not written everywhere"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_wrong_does_not(
+    harm: Any, p: Problem, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial = NormTrial(p, CPU, SMALL)
+    split = ("split", Split().heuristic(p, H200))
+    trial.check(split)
+    breaks(monkeypatch, harm)
+    with pytest.raises(Wrong, match=message):
+        trial.check(split)
+
+
+def test_running_statistics_stay_what_they_were() -> None:
+    trial = NormTrial(PROBLEMS[0], CPU, SMALL)
+    before = trial.sets[0].running_mean.clone()
+    trial.check(candidates(PROBLEMS[0])[0])
+    assert torch.equal(trial.sets[0].running_mean, before)
+
+
+def test_the_sets_exceed_the_cache_and_fit_the_memory() -> None:
+    assert sets_for(1 << 20, H200) * (1 << 20) >= H200.l2_bytes
+    assert sets_for(1 << 30, H200) == 2
+    assert sets_for(1 << 30, H200, free=1 << 30) == 1
+    assert sets_for(1 << 10, H200) == 64
+    a, b = (NormTrial(PROBLEMS[0], CPU, SMALL).sets[0].x for _ in range(2))
+    assert torch.equal(a, b) and float(a.std()) > 0.5  # the same random values each time
+
+
+@pytest.mark.parametrize("rows", [True, False])
+def test_folds(rows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    p = FoldProblem(torch.float32, torch.float32, torch.float32, 2, 24, 24 * 32, rows)
+    trial = FoldTrial(p, CPU, SMALL)
+    found = FOLDS[0].configs(p, H200)
+    for config in (found[0], found[-1]):
+        trial.check(("fold", config))
+    trial.calls(("fold", found[0]))[0]()
+    made = FoldTrial._made
+
+    def mixed(self: FoldTrial, i: int, candidate: Any) -> tuple[Any, ...]:
+        batch, *rest = made(self, i, candidate)
+        return replace(batch, work=torch.zeros_like(batch.work), launches={}), *rest
+
+    monkeypatch.setattr(FoldTrial, "_made", mixed)
+    with pytest.raises(Wrong, match="w' is not written everywhere"):
+        trial.check(("fold", found[0]))

@@ -1,0 +1,40 @@
+"""Tuned results that are made up, for tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tritonnorm.device import KNOWN, Device
+from tritonnorm.kernels import algorithms_for
+from tritonnorm.kernels.base import Config
+from tritonnorm.problem import FoldProblem, Problem, View
+from tritonnorm.tune.key import Key
+from tritonnorm.tune.revisions import REVISIONS
+from tritonnorm.tune.store import Entry
+
+H200 = KNOWN["h200"]
+FOLD = FoldProblem(torch.bfloat16, torch.float32, torch.float32, 53, 26560, 23_454_912, False)
+
+
+def problem(n: int = 32, c: int = 256, p: int = 196, **options: Any) -> Problem:
+    settings = {"direction": "forward", "batch_statistics": True, "dtype": torch.bfloat16}
+    view = View(1, c, n * p, True) if options.pop("channels_last", False) else View(n, c, p, False)
+    return Problem(view=view, **{**settings, **options})
+
+
+def entry(
+    of: Problem | FoldProblem | None = None,
+    algorithm: str = "split",
+    config: Config | None = None,
+    device: Device = H200,
+    **options: Any,
+) -> Entry:
+    """An entry; by default the last candidate of the algorithm, which no formula takes."""
+    of = of or problem()
+    if config is None:
+        chosen = next(a for a in algorithms_for(of) if a.name == algorithm)
+        config = chosen.configs(of, device)[-1]
+    settings = {"revision": REVISIONS[algorithm], "us": 10.0, "formula_us": 12.0, **options}
+    return Entry(device.identity, Key.of(of), algorithm, vars(config), **settings)
