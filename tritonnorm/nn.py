@@ -60,6 +60,16 @@ class _FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             input: ``[N, C, ...]`` of the rank of the module's name.
             residual: shape and dtype of ``input``, added before the activation.
         """
+        return self.run(input, residual, self.activation, self.activation_args)
+
+    def run(
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        activation: str | None,
+        activation_args: tuple[float, ...],
+    ) -> Tensor:
+        """`forward` with an activation that is given, not that of the module."""
         if not has_torch_function((input,)):
             self._check_input_dim(input)
         track = self.training and self.track_running_stats
@@ -78,8 +88,8 @@ class _FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             # alone.
             0.0 if self.momentum is None and counter is None else self.momentum,
             self.eps,
-            activation=self.activation,
-            activation_args=self.activation_args,
+            activation=activation,
+            activation_args=activation_args,
             residual=residual,
             num_batches_tracked=counter,
         )

@@ -1,0 +1,295 @@
+"""The code of one module as a graph: its own calls, with the modules that it calls as single nodes.
+
+A trace shows one way through Python code. Whatever chose that way is noted, so that the fused code
+can check it in every call: arguments that are no tensors, attributes, children. Code that lets
+something else choose is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import random
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from tritonnorm.flow.guard import quiet_run
+from tritonnorm.fusing.watch import Unwatched, freeze
+
+# What code may ask of a parameter without its choice going stale.
+_CONSTANT = frozenset({"shape", "size", "dim", "ndim", "numel"})
+
+
+class Refused(Exception):
+    """Why a module has no graph, in words."""
+
+
+@dataclass
+class Arguments:
+    """What one call of a module is given.
+
+    Attributes:
+        tensors: names of the arguments that are tensors.
+        constants: the other arguments of the signature and their values.
+    """
+
+    tensors: tuple[str, ...] = ()
+    constants: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Code:
+    """The graphs of one module.
+
+    Attributes:
+        graphs: by `module.training`; the same graph twice where the mode makes no difference.
+        reads: attributes that the code reads, as (module, name, frozen value); the mode apart.
+    """
+
+    graphs: dict[bool, fx.Graph]
+    reads: list[tuple[nn.Module, str, Any]]
+
+
+def trace(module: nn.Module, arguments: Arguments, inline: list[nn.Module]) -> Code:
+    """The graphs of a module, with the code of the modules in `inline` in the place of their calls.
+
+    Raises:
+        Refused: there is none that can be trusted.
+    """
+    walked = [module, *inline]
+    reads: dict[tuple[int, str], tuple[nn.Module, str, Any]] = {}
+    graphs = {}
+    for training, grad in ((True, True), (False, True), (False, False)):
+        graph = _trace(module, arguments, walked, reads, training, grad)
+        if training not in graphs:
+            graphs[training] = graph
+        elif _text(graph) != _text(graphs[training]):
+            raise Refused("its code depends on whether gradients are on")
+    if _text(graphs[True]) == _text(graphs[False]):
+        graphs[False] = graphs[True]
+    return Code(graphs, [read for key, read in reads.items() if key[1] != "training"])
+
+
+def _text(graph: fx.Graph) -> list[str]:
+    return [f"{n.op} {n.name} {n.target} {n.args} {n.kwargs}" for n in graph.nodes]
+
+
+def _trace(
+    module: nn.Module,
+    arguments: Arguments,
+    walked: list[nn.Module],
+    reads: dict[tuple[int, str], tuple[nn.Module, str, Any]],
+    training: bool,
+    grad: bool,
+) -> fx.Graph:
+    before = [{**m.__dict__} for m in walked]
+    lists = [{k: list(v) for k, v in d.items() if type(v) in (list, dict, set)} for d in before]
+    modes = [m.training for m in walked]
+    dice = random.getstate()
+    tracer = _Tracer(walked, arguments)
+    try:
+        for m in walked:
+            m.__dict__["training"] = training
+        with quiet_run(), torch.set_grad_enabled(grad), contextlib.ExitStack() as stack:
+            tracer.base = tracer.surroundings()
+            for m in walked:
+                stack.enter_context(_spied(m, reads))
+            stack.enter_context(_RealOperations())
+            graph = tracer.trace(module)
+    except (Refused, Unwatched) as refusal:
+        raise Refused(str(refusal)) from None
+    except Exception as error:
+        text = " ".join(str(error).split())[:120]
+        raise Refused(f"{type(error).__name__}{': ' if text else ''}{text}") from None
+    finally:
+        for m, mode in zip(walked, modes, strict=True):
+            m.__dict__["training"] = mode
+        changed = [_put_back(m, old) for m, old in zip(walked, before, strict=True)]
+    if any(changed):
+        raise Refused("its code sets attributes")
+    for m, kept in zip(walked, lists, strict=True):
+        if any(list(m.__dict__[name]) != values for name, values in kept.items()):
+            raise Refused("its code changes a list or dictionary")
+    if random.getstate() != dice:
+        raise Refused("its code draws random numbers")
+    if any(proxy() is not None for proxy in tracer.alive):
+        raise Refused("its code keeps a value beyond the call")
+    return graph
+
+
+def _put_back(module: nn.Module, before: dict[str, Any]) -> bool:
+    """Undo rebound attributes; whether there were any."""
+    now = module.__dict__
+    same = now.keys() == before.keys() and all(now[k] is before[k] for k in before)
+    if not same:
+        now.clear()
+        now.update(before)
+    return not same
+
+
+class _Proxy(fx.Proxy):
+    """A value; unlike torch.fx's, its graph shows additions and products in place as such."""
+
+    def __iadd__(self, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+
+    def __isub__(self, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.isub, (self, other), {})
+
+    def __imul__(self, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.itruediv, (self, other), {})
+
+
+class _Value(_Proxy):
+    """A value that is a tensor, also for `isinstance`."""
+
+    _is_param = False
+
+    @property
+    def __class__(self) -> Any:
+        return Tensor
+
+    @__class__.setter
+    def __class__(self, value: Any) -> None:
+        raise TypeError("a traced value has no other class")
+
+
+_PROXIES = (_Proxy, _Value, fx.Proxy, fx.proxy.Attribute)
+
+
+class _Tracer(fx.Tracer):
+    def __init__(self, walked: list[nn.Module], arguments: Arguments) -> None:
+        super().__init__()
+        self.walked = {id(m) for m in walked}
+        self.arguments = arguments
+        self.alive: list[weakref.ref[fx.Proxy]] = []
+        self.base: tuple[Any, ...] | None = None
+
+    @staticmethod
+    def surroundings() -> tuple[Any, ...]:
+        """Modes of PyTorch that a `with` in the code could have changed."""
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        autocast = tuple(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
+        return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, hooks is None
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if self.base is not None and self.surroundings() != self.base:
+            raise Refused("its code switches gradients, autocast or saved tensors")
+        return super().create_node(*args, **kwargs)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return id(m) not in self.walked
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if overrides_call(m):
+            raise Refused(f"{type(m).__name__} overrides __call__")
+        return super().call_module(m, forward, args, kwargs)
+
+    def create_arg(self, a: Any) -> Any:
+        if type(a) in (_Proxy, _Value):
+            return a.node
+        if isinstance(a, Tensor) and not isinstance(a, fx.Proxy):
+            owned = (*self.root.parameters(), *self.root.buffers())
+            if not any(a is tensor for tensor in owned):
+                raise Refused("its code uses a tensor that is no parameter or buffer")
+        return super().create_arg(a)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        plain = node.op == "call_module" and type(
+            self.root.get_submodule(str(node.target))
+        ).__module__.startswith("torch.nn.modules")
+        tensor = node.op == "placeholder" or plain
+        proxy = _Value(node, self) if tensor else _Proxy(node, self)
+        if node.op == "call_module":
+            self.alive.append(weakref.ref(proxy))
+        return proxy
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        names, constants, root = self.arguments.tensors, self.arguments.constants, self.root
+
+        def call(*tensors: Any) -> Any:
+            return root_fn(root, **dict(zip(names, tensors, strict=True)), **constants)
+
+        return call, [self.create_proxy("placeholder", name, (), {}) for name in names]
+
+
+def overrides_call(module: nn.Module) -> bool:
+    """Whether a call of the module does more than `torch.nn.Module` does."""
+    order = type(module).__mro__
+    return any("__call__" in c.__dict__ for c in order[: order.index(nn.Module)])
+
+
+class _RealOperations(TorchFunctionMode):
+    """Refuses operations on real tensors: the graph would hold their results as constants."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == "__get__":
+            name = getattr(getattr(func, "__self__", None), "__name__", "")
+        leaves = tree_leaves((args, kwargs))
+        if not any(type(leaf) in _PROXIES for leaf in leaves) and name not in _CONSTANT:
+            raise Refused(f"its code calls {name or func} on no traced value")
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _spied(module: nn.Module, reads: dict[Any, Any]) -> Iterator[None]:
+    """Note the attributes of a module that are read."""
+    plain = type(module)
+    internal = frozenset(nn.Module().__dict__) - {"training"} | {"_compiled_call_impl"}
+
+    def note(name: str, value: Any) -> None:
+        if name.startswith("__") or name in internal or getattr(value, "__self__", None) is module:
+            return
+        if isinstance(value, nn.Module) and name in module.__dict__["_modules"]:
+            return  # the children are compared as a whole
+        if isinstance(value, Tensor) and not isinstance(value, fx.Proxy):
+            own = (module.__dict__["_parameters"], module.__dict__["_buffers"])
+            if any(table.get(name) is value for table in own):
+                return
+        try:
+            reads[id(module), name] = (module, name, freeze(value))
+        except Unwatched as error:
+            raise Unwatched(f"its code reads `{name}`, {error}, which may change") from None
+
+    class Spy(plain):  # type: ignore[misc, valid-type]
+        def __getattribute__(self, name: str) -> Any:
+            value = super().__getattribute__(name)
+            if self is module:
+                note(name, value)
+            return value
+
+        def __getattr__(self, name: str) -> Any:
+            value = super().__getattr__(name)
+            if self is module:
+                note(name, value)
+            return value
+
+    Spy.__name__, Spy.__qualname__, Spy.__module__ = (
+        plain.__name__,
+        plain.__qualname__,
+        plain.__module__,
+    )
+    try:
+        module.__class__ = Spy
+    except TypeError as error:
+        raise Refused(f"its class cannot be watched ({error})") from None
+    try:
+        yield
+    finally:
+        module.__class__ = plain

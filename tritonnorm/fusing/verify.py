@@ -1,0 +1,156 @@
+"""Runs on example inputs: what each module is called with, and whether fused blocks compute the
+same."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tritonnorm.flow.guard import StateGuard, quiet_run
+from tritonnorm.flow.inputs import Call, tensors_in
+from tritonnorm.fusing.forward import FusedForward
+from tritonnorm.fusing.search import Given
+
+LIMIT = 1e-9  # of the largest value, in float64: rounding is 1e-13, a wrong graph is 1e-2
+
+
+def recorded(model: nn.Module, calls: list[Call]) -> Given:
+    """The arguments of the first call of each module; tensors stand for their kind only.
+
+    Raises:
+        ValueError: the model raised on the inputs.
+    """
+    found: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+        kinds = Call(args, kwargs).map(lambda t: t.new_empty(0))
+        found.setdefault(module, (kinds.args, kinds.kwargs))
+
+    with _hooks(model, before):
+        for place, call in enumerate(calls):
+            _run(model, call, place)
+    return found
+
+
+def differing(
+    model: nn.Module, forwards: dict[nn.Module, FusedForward], swaps: Any, calls: list[Call]
+) -> dict[nn.Module, str]:
+    """The blocks whose fused code does not compute what their own does, and how it differs.
+
+    Each is run by itself in float64 on what it gets in a run of the model, in training and in eval
+    mode. Outputs, gradients and buffers are compared.
+    """
+    found: dict[nn.Module, str] = {}
+    seen: set[nn.Module] = set()
+
+    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+        if module in forwards and module not in seen:
+            seen.add(module)
+            with torch.random.fork_rng(devices=[]):
+                if difference := _compare(forwards[module], swaps, Call(args, kwargs)):
+                    found[module] = difference
+
+    with _hooks(model, before):
+        for place, call in enumerate(calls):
+            _run(model, call, place)
+    return found
+
+
+def _compare(forward: FusedForward, swaps: Any, call: Call) -> str:
+    """How the fused code differs from the block's own; empty if it does not."""
+    call = call.map(lambda t: t.detach().clone()).double()
+    try:
+        plain = copy.deepcopy(forward.module).double()
+        ours = copy.deepcopy(forward)
+    except Exception as error:
+        return f"it cannot be copied to be checked ({type(error).__name__}: {error})"
+    ours.module.double()
+    for bn in ours.norms:
+        bn.__class__ = swaps.get(type(bn), type(bn))
+    if ours.tensors(call.args, call.kwargs) is None:
+        return ""  # called in another way than the one it was made for: its own code runs
+    for training in (True, False):
+        for module in (plain, ours.module):
+            module.train(training)
+        state = copy.deepcopy(plain.state_dict())
+        with torch.random.fork_rng(devices=[]):
+            try:
+                expected = _results(plain, type(plain).forward, call)
+            except Exception:
+                continue  # one value per channel, say, which cannot be trained on
+            got = _results(ours.module, lambda _, *a, **k: ours.run(*ours.tensors(a, k)), call)
+        for (what, a), (_, b) in zip(expected, got, strict=True):
+            if a is None or b is None:
+                if a is not b:
+                    return f"{what} is missing"
+                continue
+            if a.shape != b.shape or a.dtype != b.dtype:
+                return f"{what} has another shape or dtype"
+            if not a.is_floating_point():
+                if not torch.equal(a, b):
+                    return f"{what} differs"
+                continue
+            size = float(a.nan_to_num().abs().max()) if a.numel() else 0.0
+            error = float((a - b).nan_to_num().abs().max()) if a.numel() else 0.0
+            if error > LIMIT * max(size, 1e-6) or not torch.equal(a.isnan(), b.isnan()):
+                return f"{what} differs by {error:.1e}"
+        plain.load_state_dict(state)
+        ours.module.load_state_dict(state)
+    return ""
+
+
+def _results(module: nn.Module, forward: Any, call: Call) -> list[tuple[str, Tensor | None]]:
+    """Outputs, gradients and buffers of one step."""
+    torch.manual_seed(0)
+    leaves: list[Tensor] = []
+
+    def leaf(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor.clone()
+        leaves.append(tensor.clone().requires_grad_())
+        return leaves[-1] * 1  # blocks may write to what they are given
+
+    with torch.enable_grad():
+        given = call.map(leaf)
+        outputs = list(tensors_in(forward(module, *given.args, **given.kwargs)))
+        wanted = [*leaves, *(p for p in module.parameters() if p.requires_grad)]
+        scored = [y for y in outputs if y.requires_grad]
+        grads: list[Any] = [None] * len(wanted)
+        if scored:
+            weights = [torch.rand_like(y) for y in scored]
+            grads = list(torch.autograd.grad(scored, wanted, weights, allow_unused=True))
+    return [
+        *(("an output", y.detach()) for y in outputs),
+        *(("a gradient", g) for g in grads),
+        *(("a buffer", b.clone()) for b in module.buffers()),
+    ]
+
+
+def _run(model: nn.Module, call: Call, place: int) -> None:
+    guard = StateGuard(model)
+    try:
+        with quiet_run(), guard:
+            call.run(model)
+    except Exception as error:
+        raise ValueError(
+            f"example_inputs: expected inputs the model can run on, but input {place} raised "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    finally:
+        guard.restore()
+
+
+@contextmanager
+def _hooks(model: nn.Module, before: Any) -> Iterator[None]:
+    plain = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    handles = [m.register_forward_pre_hook(before, with_kwargs=True) for m in plain]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
