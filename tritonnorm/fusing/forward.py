@@ -19,7 +19,7 @@ from torch.nn.modules import module as _torch_module
 from torch.overrides import has_torch_function
 
 from tritonnorm.activation import apply, resolve
-from tritonnorm.fusing.watch import Unwatched, freeze
+from tritonnorm.fusing.watch import Unwatched, is_still
 from tritonnorm.nn import _FusedBatchNorm
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -93,7 +93,7 @@ class FusedForward:
         self.skipped: tuple[nn.Module, ...] = parts["skipped"]
         self.norms: tuple[nn.Module, ...] = parts["norms"]
         self.tree: tuple[tuple[nn.Module, tuple[Any, ...]], ...] = parts["tree"]
-        self.reads: tuple[tuple[nn.Module, str, Any], ...] = parts["reads"]
+        self.reads: tuple[tuple[Any, str, Any], ...] = parts["reads"]
         self.globals: dict[str, Any] = parts["globals"]
         self._compile()
 
@@ -184,8 +184,8 @@ def holds(forward: FusedForward) -> bool:
     return all(_same(module, name, value) for module, name, value in forward.reads)
 
 
-def _same(module: nn.Module, name: str, value: Any) -> bool:
+def _same(module: Any, name: str, value: Any) -> bool:
     try:
-        return bool(freeze(getattr(module, name)) == value)
+        return is_still(getattr(module, name), value)
     except (AttributeError, Unwatched):
         return False

@@ -100,25 +100,19 @@ class _Search:
                     what = f"the code of {self.names[id(module)]} cannot be followed: {base}"
                     self.found.reasons.setdefault(child, what)
             return
+        sites, reasons = self._sites(module, base)
         deepest = self._deepest(module, base)
-        for traced in (deepest, base) if deepest is not base else (base,):
-            sites, reasons = self._sites(module, traced)
-            for bn, reason in reasons.items():
-                if traced is deepest or bn not in self.found.reasons:
-                    self.found.reasons[bn] = reason
-            new = [bn for bn, rule in sites.items() if self._better(bn, rule.rule)]
-            if new and (traced is base or any(bn not in self._own(module, base) for bn in new)):
-                self._fuse(module, traced, list(sites.values()))
-                break
+        if deepest is not base:
+            more, reasons = self._sites(module, deepest)
+            if any(bn not in sites or len(s.rule) > len(sites[bn].rule) for bn, s in more.items()):
+                base, sites = deepest, more
+        self.found.reasons.update(reasons)
+        if any(self._better(bn, site.rule) for bn, site in sites.items()):
+            self._fuse(module, base, list(sites.values()))
 
     def _better(self, bn: nn.Module, rule: str) -> bool:
         """Whether a rule takes more in than the one found so far."""
         return bn not in self.found.fused or len(rule) > len(self.found.fused[bn].rule)
-
-    def _own(self, module: nn.Module, traced: _Traced) -> set[nn.Module]:
-        """The batch norms that the code calls itself."""
-        graph = traced.code.graphs[True]
-        return {self._module(module, n) for n in graph.nodes if n.op == "call_module"}
 
     def _deepest(self, module: nn.Module, traced: _Traced) -> _Traced:
         """The trace with the inner code that matters in place; the given one if there is none."""

@@ -8,11 +8,16 @@ something else choose is refused.
 from __future__ import annotations
 
 import contextlib
+import gc
+import inspect
+import itertools
 import operator
 import random
+import traceback
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -21,14 +26,20 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from tritonnorm.flow.guard import quiet_run
-from tritonnorm.fusing.watch import Unwatched, freeze
+from tritonnorm.fusing.watch import Same, Unwatched, freeze
 
 # What code may ask of a parameter without its choice going stale.
 _CONSTANT = frozenset({"shape", "size", "dim", "ndim", "numel"})
 
 
 class Refused(Exception):
-    """Why a module has no graph, in words."""
+    """Why a module has no graph, in words.
+
+    Attributes:
+        helper: a function that the code calls and that cannot be followed, if that is why.
+    """
+
+    helper: Callable[..., Any] | None = None
 
 
 @dataclass
@@ -50,11 +61,11 @@ class Code:
 
     Attributes:
         graphs: by `module.training`; the same graph twice where the mode makes no difference.
-        reads: attributes that the code reads, as (module, name, frozen value); the mode apart.
+        reads: attributes that the code reads, as (object, name, frozen value); the mode apart.
     """
 
     graphs: dict[bool, fx.Graph]
-    reads: list[tuple[nn.Module, str, Any]]
+    reads: list[tuple[Any, str, Any]]
 
 
 def trace(module: nn.Module, arguments: Arguments, inline: list[nn.Module]) -> Code:
@@ -63,17 +74,34 @@ def trace(module: nn.Module, arguments: Arguments, inline: list[nn.Module]) -> C
     Raises:
         Refused: there is none that can be trusted.
     """
+    helpers: list[Callable[..., Any]] = []
+    while True:
+        try:
+            return _traced(module, arguments, inline, helpers)
+        except Refused as refusal:
+            if refusal.helper is None or refusal.helper in helpers:
+                raise
+            helpers.append(refusal.helper)  # its call becomes one node
+
+
+def _traced(
+    module: nn.Module,
+    arguments: Arguments,
+    inline: list[nn.Module],
+    helpers: list[Callable[..., Any]],
+) -> Code:
     walked = [module, *inline]
-    reads: dict[tuple[int, str], tuple[nn.Module, str, Any]] = {}
-    graphs = {}
-    for training, grad in ((True, True), (False, True), (False, False)):
-        graph = _trace(module, arguments, walked, reads, training, grad)
-        if training not in graphs:
-            graphs[training] = graph
-        elif _text(graph) != _text(graphs[training]):
-            raise Refused("its code depends on whether gradients are on")
+    reads: dict[tuple[int, str], tuple[Any, str, Any]] = {}
+    graphs = {
+        mode: _trace(module, arguments, walked, helpers, reads, training=mode, grad=mode)
+        for mode in (True, False)
+    }
     if _text(graphs[True]) == _text(graphs[False]):
         graphs[False] = graphs[True]
+    elif _text(_trace(module, arguments, walked, helpers, reads, False, True)) != _text(
+        graphs[False]
+    ):
+        raise Refused("its code depends on whether gradients are on")
     return Code(graphs, [read for key, read in reads.items() if key[1] != "training"])
 
 
@@ -85,7 +113,8 @@ def _trace(
     module: nn.Module,
     arguments: Arguments,
     walked: list[nn.Module],
-    reads: dict[tuple[int, str], tuple[nn.Module, str, Any]],
+    helpers: list[Callable[..., Any]],
+    reads: dict[tuple[int, str], tuple[Any, str, Any]],
     training: bool,
     grad: bool,
 ) -> fx.Graph:
@@ -93,21 +122,25 @@ def _trace(
     lists = [{k: list(v) for k, v in d.items() if type(v) in (list, dict, set)} for d in before]
     modes = [m.training for m in walked]
     dice = random.getstate()
-    tracer = _Tracer(walked, arguments)
+    tracer = _Tracer(walked, arguments, helpers)
     try:
         for m in walked:
             m.__dict__["training"] = training
         with quiet_run(), torch.set_grad_enabled(grad), contextlib.ExitStack() as stack:
             tracer.base = tracer.surroundings()
+            spies = stack.enter_context(_Spies(reads))
             for m in walked:
-                stack.enter_context(_spied(m, reads))
+                if not spies.watch(m):
+                    raise Refused("its class cannot be watched")
             stack.enter_context(_RealOperations())
             graph = tracer.trace(module)
     except (Refused, Unwatched) as refusal:
         raise Refused(str(refusal)) from None
     except Exception as error:
         text = " ".join(str(error).split())[:120]
-        raise Refused(f"{type(error).__name__}{': ' if text else ''}{text}") from None
+        refusal = Refused(f"{type(error).__name__}{': ' if text else ''}{text}")
+        refusal.helper = _helper(error, walked)
+        raise refusal from None
     finally:
         for m, mode in zip(walked, modes, strict=True):
             m.__dict__["training"] = mode
@@ -120,8 +153,22 @@ def _trace(
     if random.getstate() != dice:
         raise Refused("its code draws random numbers")
     if any(proxy() is not None for proxy in tracer.alive):
+        gc.collect(1)  # unpacking a value leaves cycles, which are young
+    if any(proxy() is not None for proxy in tracer.alive):
         raise Refused("its code keeps a value beyond the call")
     return graph
+
+
+def _helper(error: Exception, walked: list[nn.Module]) -> Callable[..., Any] | None:
+    """The function of the code's own Python module in which an error arose."""
+    codes = {inspect.unwrap(type(m).forward).__code__ for m in walked}
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    for outer, inner in itertools.pairwise(frames):
+        found = outer.f_globals.get(inner.f_code.co_name)
+        same = isinstance(found, FunctionType) and found.__code__ is inner.f_code
+        if outer.f_code in codes and same and found.__module__.partition(".")[0] != "torch":
+            return found
+    return None
 
 
 def _put_back(module: nn.Module, before: dict[str, Any]) -> bool:
@@ -168,8 +215,13 @@ _PROXIES = (_Proxy, _Value, fx.Proxy, fx.proxy.Attribute)
 
 
 class _Tracer(fx.Tracer):
-    def __init__(self, walked: list[nn.Module], arguments: Arguments) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        walked: list[nn.Module],
+        arguments: Arguments,
+        helpers: list[Callable[..., Any]],
+    ) -> None:
+        super().__init__(autowrap_functions=tuple(helpers))
         self.walked = {id(m) for m in walked}
         self.arguments = arguments
         self.alive: list[weakref.ref[fx.Proxy]] = []
@@ -247,49 +299,67 @@ class _RealOperations(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-@contextlib.contextmanager
-def _spied(module: nn.Module, reads: dict[Any, Any]) -> Iterator[None]:
-    """Note the attributes of a module that are read."""
-    plain = type(module)
-    internal = frozenset(nn.Module().__dict__) - {"training"} | {"_compiled_call_impl"}
+class _Spies:
+    """Notes which attributes the code reads, of the modules and of objects that they hold."""
 
-    def note(name: str, value: Any) -> None:
-        if name.startswith("__") or name in internal or getattr(value, "__self__", None) is module:
-            return
-        if isinstance(value, nn.Module) and name in module.__dict__["_modules"]:
-            return  # the children are compared as a whole
-        if isinstance(value, Tensor) and not isinstance(value, fx.Proxy):
-            own = (module.__dict__["_parameters"], module.__dict__["_buffers"])
-            if any(table.get(name) is value for table in own):
-                return
+    def __init__(self, reads: dict[Any, Any]) -> None:
+        self.reads = reads
+        self.plain: list[tuple[Any, type]] = []
+
+    def __enter__(self) -> _Spies:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for thing, plain in self.plain:
+            object.__setattr__(thing, "__class__", plain)
+
+    def watch(self, thing: Any) -> bool:
+        """Watch an object from now on; False if its class does not allow it."""
+        if any(thing is watched for watched, _ in self.plain):
+            return True
+        plain, note = type(thing), self._note
+
+        class Spy(plain):  # type: ignore[misc, valid-type]
+            def __getattribute__(self, name: str) -> Any:
+                value = super().__getattribute__(name)
+                if self is thing:
+                    note(self, name, value)
+                return value
+
+            def __getattr__(self, name: str) -> Any:
+                value = super().__getattr__(name)
+                if self is thing:
+                    note(self, name, value)
+                return value
+
+        Spy.__name__, Spy.__module__ = plain.__name__, plain.__module__
+        Spy.__qualname__ = plain.__qualname__
+        if not hasattr(plain, "__getattr__"):
+            del Spy.__getattr__
         try:
-            reads[id(module), name] = (module, name, freeze(value))
-        except Unwatched as error:
-            raise Unwatched(f"its code reads `{name}`, {error}, which may change") from None
+            object.__setattr__(thing, "__class__", Spy)
+        except TypeError:
+            return False
+        self.plain.append((thing, plain))
+        return True
 
-    class Spy(plain):  # type: ignore[misc, valid-type]
-        def __getattribute__(self, name: str) -> Any:
-            value = super().__getattribute__(name)
-            if self is module:
-                note(name, value)
-            return value
+    def _note(self, thing: Any, name: str, value: Any) -> None:
+        if name.startswith("__") or getattr(value, "__self__", None) is thing:
+            return
+        if isinstance(thing, nn.Module):
+            if name in _INTERNAL:
+                return
+            tables = (thing.__dict__[table] for table in ("_modules", "_parameters", "_buffers"))
+            if value is not None and any(table.get(name) is value for table in tables):
+                return  # children are compared as a whole, tensors are read in every call
+        try:
+            frozen = freeze(value)
+        except Unwatched as kind:
+            if not hasattr(value, "__dict__") or callable(value) or not self.watch(value):
+                text = f"its code reads `{name}`, {kind}, which may change"
+                raise Unwatched(text) from None
+            frozen = Same(value)
+        self.reads[id(thing), name] = (thing, name, frozen)
 
-        def __getattr__(self, name: str) -> Any:
-            value = super().__getattr__(name)
-            if self is module:
-                note(name, value)
-            return value
 
-    Spy.__name__, Spy.__qualname__, Spy.__module__ = (
-        plain.__name__,
-        plain.__qualname__,
-        plain.__module__,
-    )
-    try:
-        module.__class__ = Spy
-    except TypeError as error:
-        raise Refused(f"its class cannot be watched ({error})") from None
-    try:
-        yield
-    finally:
-        module.__class__ = plain
+_INTERNAL = frozenset(nn.Module().__dict__) - {"training"} | {"_compiled_call_impl"}

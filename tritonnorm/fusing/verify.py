@@ -45,25 +45,24 @@ def differing(
     Each is run by itself in float64 on what it gets in a run of the model, in training and in eval
     mode. Outputs, gradients and buffers are compared.
     """
-    found: dict[nn.Module, str] = {}
-    seen: set[nn.Module] = set()
+    given: dict[nn.Module, Call] = {}
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-        if module in forwards and module not in seen:
-            seen.add(module)
-            with torch.random.fork_rng(devices=[]):
-                if difference := _compare(forwards[module], swaps, Call(args, kwargs)):
-                    found[module] = difference
+        if module in forwards and module not in given:
+            given[module] = Call(args, kwargs).map(lambda t: t.detach().clone())
 
     with _hooks(model, before):
         for place, call in enumerate(calls):
             _run(model, call, place)
+    found: dict[nn.Module, str] = {}
+    for module in list(given):
+        if difference := _compare(forwards[module], swaps, given.pop(module).double()):
+            found[module] = difference
     return found
 
 
 def _compare(forward: FusedForward, swaps: Any, call: Call) -> str:
     """How the fused code differs from the block's own; empty if it does not."""
-    call = call.map(lambda t: t.detach().clone()).double()
     try:
         plain = copy.deepcopy(forward.module).double()
         ours = copy.deepcopy(forward)

@@ -31,6 +31,24 @@ class Unwatched(Exception):
     """A value of a kind that may change unseen; the message is its kind."""
 
 
+class Same:
+    """Stands for one object, whatever is inside."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def is_still(value: Any, frozen: Any) -> bool:
+    """Whether a value is what was frozen.
+
+    Raises:
+        Unwatched: the value could change inside.
+    """
+    if type(frozen) is Same:
+        return value is frozen.value
+    return bool(freeze(value) == frozen)
+
+
 def freeze(value: Any) -> Any:
     """Something that is equal as long as the value is the same, and does not change with it.
 
