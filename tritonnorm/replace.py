@@ -139,7 +139,7 @@ def restore(model: nn.Module) -> nn.Module:
     original = {swapped: plain for plain, swapped in SWAPS.items()}
     for module in model.modules():
         if isinstance(module.__dict__.get("forward"), FusedForward):
-            del module.__dict__["forward"]
+            FusedForward.remove(module)
         if type(module) in original and module.__dict__.get(_MARK):
             _to_plain(module, original[type(module)])
     return model
@@ -155,11 +155,11 @@ def _edit(modules: list[nn.Module], found: Found) -> None:
             module.__class__ = SWAPS[plain]
             module.__dict__.update(_ADDED)
             module.__dict__[_MARK] = True
-        for block, forward in found.forwards.items():
-            block.__dict__["forward"] = forward
+        for forward in found.forwards.values():
+            forward.install()
     except BaseException:
         for block in found.forwards:
-            block.__dict__.pop("forward", None)
+            FusedForward.remove(block)
         for module, plain in done:
             _to_plain(module, plain)
         raise

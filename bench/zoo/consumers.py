@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 __all__ = ["Fusable", "fusable"]
 
 ACTIVATIONS = frozenset(
-    "relu leaky_relu silu hardswish hardsigmoid sigmoid tanh elu gelu softplus mish".split()
-)
+    ("relu", "leaky_relu", "silu", "hardswish", "hardsigmoid", "sigmoid", "tanh", "elu", "gelu")
+) | {"softplus", "mish"}
 SLOPE = "_prelu_kernel"
 
 

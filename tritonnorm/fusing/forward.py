@@ -117,6 +117,23 @@ class FusedForward:
         self.__dict__.update(state)
         self._compile()
 
+    def replicate(self) -> nn.Module:
+        """A replica for `torch.nn.DataParallel`, which runs the class's forward: this one is tied
+        to the module on the first GPU."""
+        replica: nn.Module = type(self.module)._replicate_for_data_parallel(self.module)
+        self.remove(replica)
+        return replica
+
+    def install(self) -> None:
+        """Put it on the module."""
+        self.module.__dict__.update(forward=self, _replicate_for_data_parallel=self.replicate)
+
+    @staticmethod
+    def remove(module: nn.Module) -> None:
+        """Take such a forward off a module."""
+        for name in ("forward", "_replicate_for_data_parallel"):
+            module.__dict__.pop(name, None)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the forward of the class computes."""
         if not has_torch_function(args) and not torch.compiler.is_exporting():

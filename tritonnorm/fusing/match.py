@@ -133,6 +133,8 @@ def _site(
         return f"its output goes to {_users(value)}"
     add = users[0]
     operands = addition(add)
+    if add.op == "call_module" and isinstance(module_of(add), nn.PReLU):
+        return f"the slope of {add.target} is learned, and the kernels take numbers"
     if operands is None:
         return f"its output goes to {_users(value)}"
     how, left, right = operands
@@ -267,21 +269,19 @@ def settings_of(module: nn.Module) -> list[tuple[str, Any]]:
 
 
 def _by_hand(value: fx.Node, users: list[fx.Node]) -> tuple[Activation, list[fx.Node]] | None:
-    """x * sigmoid(x), x * relu6(x + 3) / 6 and relu6(x + 3) / 6."""
+    """x * sigmoid(x), and x * relu6(x + 3) / 6."""
     gate = next((u for u in users if _is(u, "sigmoid", value)), None)
     if len(users) == 2 and gate is not None:
         product = next(u for u in users if u is not gate)
         if _product(product, value, gate) and list(gate.users) == [product]:
             return ("silu", ()), [gate, product]
     plus = next((u for u in users if _number(u, operator.add, value) == 3), None)
-    if plus is None or len(users) > 2 or len(plus.users) != 1:
+    if plus is None or len(users) != 2 or len(plus.users) != 1:
         return None
     (clip,) = plus.users
     if not _is(clip, "relu6", plus) or len(clip.users) != 1:
         return None
     (after,) = clip.users
-    if len(users) == 1:
-        return (("hardsigmoid", ()), [plus, clip, after]) if _sixth(after, clip) else None
     product = next(u for u in users if u is not plus)
     nodes = [plus, clip]
     if product is after and _product(product, value, clip) and len(product.users) == 1:

@@ -15,7 +15,7 @@ import operator
 import random
 import traceback
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
@@ -93,15 +93,16 @@ def _traced(
     walked = [module, *inline]
     reads: dict[tuple[int, str], tuple[Any, str, Any]] = {}
     graphs = {
-        mode: _trace(module, arguments, walked, helpers, reads, training=mode, grad=mode)
+        mode: _trace(module, arguments, walked, helpers, reads, training=mode, on=mode)
         for mode in (True, False)
     }
     if _text(graphs[True]) == _text(graphs[False]):
         graphs[False] = graphs[True]
-    elif _text(_trace(module, arguments, walked, helpers, reads, False, True)) != _text(
-        graphs[False]
-    ):
-        raise Refused("its code depends on whether gradients are on")
+    else:
+        for mode, graph in graphs.items():
+            other = _trace(module, arguments, walked, helpers, reads, training=mode, on=not mode)
+            if _text(other) != _text(graph):
+                raise Refused("its code depends on whether gradients or autocast are on")
     return Code(graphs, [read for key, read in reads.items() if key[1] != "training"])
 
 
@@ -116,7 +117,7 @@ def _trace(
     helpers: list[Callable[..., Any]],
     reads: dict[tuple[int, str], tuple[Any, str, Any]],
     training: bool,
-    grad: bool,
+    on: bool,
 ) -> fx.Graph:
     before = [{**m.__dict__} for m in walked]
     lists = [{k: list(v) for k, v in d.items() if type(v) in (list, dict, set)} for d in before]
@@ -126,7 +127,8 @@ def _trace(
     try:
         for m in walked:
             m.__dict__["training"] = training
-        with quiet_run(), torch.set_grad_enabled(grad), contextlib.ExitStack() as stack:
+        with quiet_run(), torch.set_grad_enabled(on), contextlib.ExitStack() as stack:
+            stack.enter_context(_autocast(on))
             tracer.base = tracer.surroundings()
             spies = stack.enter_context(_Spies(reads))
             for m in walked:
@@ -159,6 +161,19 @@ def _trace(
     return graph
 
 
+@contextlib.contextmanager
+def _autocast(on: bool) -> Iterator[None]:
+    """Autocast for every device, so that code that turns it off, or asks for it, shows."""
+    before = [(kind, torch.is_autocast_enabled(kind)) for kind in ("cpu", "cuda")]
+    for kind, _ in before:
+        torch.set_autocast_enabled(kind, on)
+    try:
+        yield
+    finally:
+        for kind, was in before:
+            torch.set_autocast_enabled(kind, was)
+
+
 def _helper(error: Exception, walked: list[nn.Module]) -> Callable[..., Any] | None:
     """The function of the code's own Python module in which an error arose."""
     codes = {inspect.unwrap(type(m).forward).__code__ for m in walked}
@@ -184,6 +199,8 @@ def _put_back(module: nn.Module, before: dict[str, Any]) -> bool:
 class _Proxy(fx.Proxy):
     """A value; unlike torch.fx's, its graph shows additions and products in place as such."""
 
+    _is_param = _is_buffer = False  # which a module asks when it is assigned
+
     def __iadd__(self, other: Any) -> Any:
         return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
 
@@ -199,8 +216,6 @@ class _Proxy(fx.Proxy):
 
 class _Value(_Proxy):
     """A value that is a tensor, also for `isinstance`."""
-
-    _is_param = False
 
     @property
     def __class__(self) -> Any:
@@ -344,6 +359,8 @@ class _Spies:
         return True
 
     def _note(self, thing: Any, name: str, value: Any) -> None:
+        if type(value) in _PROXIES:
+            return  # set by the code itself, which is seen afterwards
         if name.startswith("__") or getattr(value, "__self__", None) is thing:
             return
         if isinstance(thing, nn.Module):
