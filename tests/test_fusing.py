@@ -80,7 +80,7 @@ ACTIVATIONS: list[tuple[str, Any]] = [
     ("relu", lambda m, x: F.relu(m.b(x))),
     ("relu", lambda m, x: F.relu(m.b(x), inplace=True)),
     ("relu", lambda m, x: torch.relu_(m.b(x))),
-    ("relu", lambda m, x: m.b(x).relu()),
+    ("relu", lambda m, x: m.b(m.c(x)).relu()),
     ("relu", lambda m, x: m.b(x).relu_()),
     ("relu", lambda m, x: m.a(m.same(m.b(x)))),
     ("relu6", lambda m, x: F.hardtanh(m.b(x), 0.0, 6.0)),
@@ -104,7 +104,7 @@ ACTIVATIONS: list[tuple[str, Any]] = [
 
 @pytest.mark.parametrize(("name", "run"), ACTIVATIONS)
 def test_activations(name: str, run: Callable[..., Tensor]) -> None:
-    model = Net(run, b=bn(4), a=nn.ReLU(inplace=True), same=nn.Identity())
+    model = Net(run, b=bn(4), c=conv(4, 4), a=nn.ReLU(inplace=True), same=nn.Identity())
     assert rules(model, example_inputs=image()) == {"b": f"bn -> {name}"}
 
 

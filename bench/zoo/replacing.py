@@ -129,12 +129,12 @@ def _lift(expected: list[Tensor], got: list[Tensor]) -> None:
     """Put one value into every gradient, the same in both, to which the others are relative.
 
     Some gradients are zero but for rounding, such as that of a bias before a batch norm. They are
-    measured against a 1e-5th of the largest gradient.
+    measured against a thousandth of the largest gradient.
     """
     largest = max((float(g.abs().max()) for g in expected if g.numel()), default=0.0)
     for gradients in (expected, got):
         for place, gradient in enumerate(gradients):
-            floor = gradient.new_full((1,), 1e-5 * largest)
+            floor = gradient.new_full((1,), 1e-3 * largest)
             gradients[place] = torch.cat((gradient.flatten(), floor))
 
 
