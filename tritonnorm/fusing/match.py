@@ -98,17 +98,26 @@ class Site:
 
 
 def sites(
-    graph: fx.Graph, module_of: ModuleOf, norms: Callable[[nn.Module], bool]
+    graph: fx.Graph,
+    module_of: ModuleOf,
+    norms: Callable[[nn.Module], bool],
+    fresh: Callable[[nn.Module], bool],
 ) -> Iterator[Site | tuple[fx.Node, str]]:
     """For every call of a batch norm a site, or the reason why there is none.
 
     Of two batch norms that are added, that of the module itself takes the addition, or the later.
+
+    Args:
+        graph: the code of a module.
+        module_of: the module that a node calls.
+        norms: which modules are batch norms to fuse.
+        fresh: which modules give a result that shares no memory with what existed before.
     """
     order = {node: place for place, node in enumerate(graph.nodes)}
     taken: set[fx.Node] = set()
     calls = [n for n in graph.nodes if n.op == "call_module" and norms(module_of(n))]
     for node in sorted(calls, key=lambda n: (str(n.target).count("."), -order[n])):
-        found = _site(node, module_of, order, taken)
+        found = _site(node, module_of, order, taken, fresh)
         if isinstance(found, Site):
             taken.update((*found.drop, node))
         else:
@@ -117,7 +126,11 @@ def sites(
 
 
 def _site(
-    norm: fx.Node, module_of: ModuleOf, order: dict[fx.Node, int], taken: set[fx.Node]
+    norm: fx.Node,
+    module_of: ModuleOf,
+    order: dict[fx.Node, int],
+    taken: set[fx.Node],
+    fresh: Callable[[nn.Module], bool],
 ) -> Site | str:
     if len(norm.args) != 1 or norm.kwargs or not isinstance(norm.args[0], fx.Node):
         return "it is called with more than its input"
@@ -146,9 +159,9 @@ def _site(
         return "the batch norm on the other side of its addition has taken it"
     if not isinstance(other, fx.Node):
         return "what is added is no tensor"
-    if how == "+=" and not first and not _own(other, add, module_of):
+    if how == "+=" and not first and not _own(other, add, module_of, fresh):
         return "the addition overwrites a tensor that others may see"
-    if reason := _moves(norm, add, skipped, order, module_of):
+    if reason := _moves(norm, add, skipped, order, module_of, fresh):
         return reason
     value, more = through_identities(add, module_of)
     found = activation(value, module_of)
@@ -165,6 +178,7 @@ def _moves(
     skipped: list[fx.Node],
     order: dict[fx.Node, int],
     module_of: ModuleOf,
+    fresh: Callable[[nn.Module], bool],
 ) -> str:
     """Why the batch norm may not run later, in the place of the addition; empty if it may."""
     between = [n for n in order if order[norm] < order[n] < order[add] and n not in skipped]
@@ -172,8 +186,7 @@ def _moves(
         return ""
     source = norm.args[0]
     assert isinstance(source, fx.Node)
-    fresh = source.op == "call_module" and isinstance(module_of(source), FRESH)
-    if fresh and list(source.users) == [norm]:
+    if _own(source, norm, module_of, fresh):
         return ""
     # Operations of the graph that write into none of their arguments can go first, whatever they
     # share memory with.
@@ -182,11 +195,16 @@ def _moves(
     return "its input could change before the addition"
 
 
-def _own(node: fx.Node, user: fx.Node, module_of: ModuleOf) -> bool:
+def _own(
+    node: fx.Node,
+    user: fx.Node,
+    module_of: ModuleOf,
+    fresh: Callable[[nn.Module], bool],
+) -> bool:
     """Whether only `user` sees the memory of a value."""
     if node.op != "call_module" or list(node.users) != [user]:
         return False
-    return isinstance(module_of(node), FRESH)
+    return fresh(module_of(node))
 
 
 def through_identities(node: fx.Node, module_of: ModuleOf) -> tuple[fx.Node, list[fx.Node]]:

@@ -174,6 +174,18 @@ class _Search:
             return any(m in self.norms or self._ends_with_norm(m) for m in inner_)
         return False
 
+    def _fresh(self, module: nn.Module) -> bool:
+        """Whether the result of a module shares no memory with anything that existed before."""
+        if isinstance(module, match.FRESH):
+            return True
+        if not _is_block(module) or self._closed(module):
+            return False
+        traced = self._traced(module)
+        value = None if isinstance(traced, str) else _result(traced.code.graphs[True])
+        if value is None or value.op != "call_module" or len(value.users) > 1:
+            return False
+        return self._fresh(self._module(module, value))
+
     def _is_activation(self, module: nn.Module) -> bool:
         """Whether the code of a module is an activation, or starts with one."""
         if not _is_block(module) or match.of_module(module) or self._closed(module):
@@ -242,7 +254,7 @@ class _Search:
         several = {bn for bn in self.norms if calls.count(bn) > 1}
         reasons: dict[nn.Module, str] = {}
         sites: dict[nn.Module, Site] = {}
-        for found in match.sites(graphs[True], module_of, lambda m: m in self.norms):
+        for found in match.sites(graphs[True], module_of, lambda m: m in self.norms, self._fresh):
             node = found.norm if isinstance(found, Site) else found[0]
             bn = module_of(node)
             if not isinstance(found, Site):
@@ -271,7 +283,7 @@ class _Search:
         if graphs[False] is not graphs[True]:
             other = [
                 s
-                for s in match.sites(graphs[False], module_of, lambda m: m in rules)
+                for s in match.sites(graphs[False], module_of, lambda m: m in rules, self._fresh)
                 if isinstance(s, Site) and rules[module_of(s.norm)].rule == s.rule
             ]
             if {module_of(s.norm) for s in other} != set(rules):
