@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tritonnorm.flow.inputs import tensors_in
 from tritonnorm.fold import fold
-from tritonnorm.fold.inputs import tensors_in
 
 LIMIT = 1e-9  # relative, float64
 

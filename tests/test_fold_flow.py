@@ -16,8 +16,8 @@ from torch.nn.utils import parametrizations, parametrize
 
 import tritonnorm
 from tests.fold_models import LIMIT, Chain, X, error, rand, reason, trained
+from tritonnorm.flow.inputs import tensors_in
 from tritonnorm.fold import fold
-from tritonnorm.fold.inputs import tensors_in
 
 
 def test_definition_order_means_nothing() -> None:

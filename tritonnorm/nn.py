@@ -61,19 +61,20 @@ class _FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             input: ``[N, C, ...]`` of the rank of the module's name.
             residual: shape and dtype of ``input``, added before the activation.
         """
-        return self._normalize(input, residual, self.activation, self.activation_args)
+        return self.run(input, residual, self.activation, self.activation_args)
 
     def epilogue(self) -> tuple[str | None, tuple[float, ...]] | None:
         """Name and parameters of the activation; None if the module runs something else too."""
         return self.activation, self.activation_args
 
-    def _normalize(
+    def run(
         self,
         input: Tensor,
         residual: Tensor | None,
         activation: str | None,
         activation_args: tuple[float, ...],
     ) -> Tensor:
+        """`forward` with an activation that is given, not that of the module."""
         if not has_torch_function((input,)):
             self._check_input_dim(input)
         training = self.training
@@ -214,8 +215,8 @@ class BatchNormAct2d(BatchNorm2d):
         """
         found = self.epilogue()
         if found is not None and not (_hooked(self.drop) or _hooked(self.act)):
-            return self._normalize(input, residual, *found)
-        y = self.drop(self._normalize(input, None, None, ()))
+            return self.run(input, residual, *found)
+        y = self.drop(self.run(input, None, None, ()))
         return self.act(y if residual is None else y + residual)
 
     def epilogue(self) -> tuple[str | None, tuple[float, ...]] | None:

@@ -1,10 +1,12 @@
 """replace(model): torch's batch norms become this library's, in place, by a change of class.
 
-The module objects stay, and with them parameters, buffers, hooks, flags and state_dict keys.
+The module objects stay, and with them parameters, buffers, hooks, flags and state_dict keys. Blocks
+in which a batch norm runs together with what follows it get a forward of their own.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +16,10 @@ from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.utils import parametrize
 
 from tritonnorm import nn as ours
+from tritonnorm.flow.inputs import Call, calls_from
+from tritonnorm.fusing.forward import FusedForward
+from tritonnorm.fusing.search import Found, search
+from tritonnorm.fusing.verify import differing, recorded
 from tritonnorm.report import LEFT, Report, Row
 
 __all__ = ["replace", "restore"]
@@ -36,16 +42,22 @@ def replace(
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     dry_run: bool = False,
 ) -> tuple[nn.Module, Report]:
-    """Make every `torch.nn.BatchNorm1d/2d/3d` of a model a batch norm of this library, in place.
+    """Make every `torch.nn.BatchNorm1d/2d/3d` of a model a batch norm of this library, in place,
+    and run it together with the addition and the activation that follow it.
 
     Only modules of exactly these classes are changed; subclasses may compute something else. Each
-    module stays the same object with the same parameters, buffers, hooks and settings.
+    module stays the same object with the same parameters, buffers, hooks and settings. A block, the
+    smallest module whose code shows a batch norm and what follows it, gets a `forward` on the
+    object; its class stays. The block's own code runs whenever something is not as it was: a hook
+    on a module that would not be called, another child, other arguments, a tracer.
 
     Args:
         model: the model; it is edited, and it may itself be a batch norm.
-        example_inputs: inputs for the stage that fuses activations; not used in this version.
-        fuse: also fuse the activation and the addition after a batch norm. This version swaps the
-            modules only, and a note in the report says so.
+        example_inputs: a tensor, a tuple of arguments, a mapping of keyword arguments, or a list of
+            these. The model is run on them, and every fused block is checked in float64 against
+            its own code: outputs, gradients and statistics, in training and in eval mode. Without
+            them only what the code shows is fused, and arguments with a default have that value.
+        fuse: False changes the batch norms only.
         filter_fn: called as `filter_fn(batch_norm, name)`; False leaves the module as it is.
         dry_run: only report.
 
@@ -53,14 +65,15 @@ def replace(
         The same model and the report, one row per batch norm.
 
     Raises:
-        ValueError: the model is not a module. The model is as before then, as it is when
-            `filter_fn` or anything else raises part-way.
+        ValueError: the model is not a module, or raised on the example inputs. The model is as
+            before then, as it is when `filter_fn` or anything else raises part-way.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    calls = None if example_inputs is None else calls_from(example_inputs)
     report = Report("replace", dry_run=dry_run)
     whole = _model_reason(model)
-    chosen: list[nn.Module] = []
+    chosen: dict[nn.Module, int] = {}  # with the place of the row
     for name, module in model.named_modules():
         if not _is_batch_norm(module):
             continue
@@ -71,22 +84,49 @@ def replace(
         if reason is not None:
             report.rows.append(Row(shown, kind, LEFT, reason))
             continue
-        chosen.append(module)
+        chosen[module] = len(report.rows)
         report.rows.append(Row(shown, kind, "replaced", _what(module), "class swap"))
     if whole:
         report.notes.append(whole)
-    elif fuse and chosen:
-        report.notes.append(
-            "activations and additions after the batch norms were not fused: this version of "
-            "replace swaps the modules only"
-        )
+    found = _fusable(model, chosen, calls, report) if fuse and chosen else Found()
     if not dry_run:
-        _swap(chosen)
+        _edit(list(chosen), found)
     return model, report
 
 
+def _fusable(
+    model: nn.Module, chosen: dict[nn.Module, int], calls: list[Call] | None, report: Report
+) -> Found:
+    """What can be fused; the rows of the report are written anew."""
+    names = {module: name for name, module in model.named_modules()}
+    if calls is not None and (reason := _cannot_run(model)):
+        report.notes.append(reason)
+        calls = None
+    given = None if calls is None else recorded(model, calls)
+    found = search(model, set(chosen), given)
+    if calls is not None:
+        for block, difference in differing(model, found.forwards, SWAPS, calls).items():
+            found.drop(
+                block, f"the fused code of {names[block] or 'the model'} was dropped: {difference}"
+            )
+    for module, place in chosen.items():
+        row = report.rows[place]
+        if fused := found.fused.get(module):
+            where = f"in the forward of {names[fused.block] or 'the model'}"
+            partner = names[fused.partner] if fused.partner is not None else ""
+            row = dataclasses.replace(
+                row, decision="fused", rule=fused.rule, partner=partner, reason=where
+            )
+        else:
+            row = dataclasses.replace(
+                row, reason=f"{row.reason}; not fused: {found.reasons[module]}"
+            )
+        report.rows[place] = row
+    return found
+
+
 def restore(model: nn.Module) -> nn.Module:
-    """Undo `replace`: every module it changed gets its torch class back.
+    """Undo `replace`: every module it changed gets its torch class or its own forward back.
 
     Modules that were built as batch norms of this library stay what they are.
 
@@ -98,13 +138,15 @@ def restore(model: nn.Module) -> nn.Module:
     """
     original = {swapped: plain for plain, swapped in SWAPS.items()}
     for module in model.modules():
+        if isinstance(module.__dict__.get("forward"), FusedForward):
+            FusedForward.remove(module)
         if type(module) in original and module.__dict__.get(_MARK):
             _to_plain(module, original[type(module)])
     return model
 
 
-def _swap(modules: list[nn.Module]) -> None:
-    """Change the class of all of them, or of none when one raises."""
+def _edit(modules: list[nn.Module], found: Found) -> None:
+    """Change the batch norms and the blocks, or nothing when anything raises."""
     done: list[tuple[nn.Module, type[nn.Module]]] = []
     try:
         for module in modules:
@@ -113,10 +155,24 @@ def _swap(modules: list[nn.Module]) -> None:
             module.__class__ = SWAPS[plain]
             module.__dict__.update(_ADDED)
             module.__dict__[_MARK] = True
+        for forward in found.forwards.values():
+            forward.install()
     except BaseException:
+        for block in found.forwards:
+            FusedForward.remove(block)
         for module, plain in done:
             _to_plain(module, plain)
         raise
+
+
+def _cannot_run(model: nn.Module) -> str | None:
+    """Why the model cannot be run on the example inputs, or None."""
+    tensors = (*model.parameters(), *model.buffers())
+    if any(nn.parameter.is_lazy(tensor) for tensor in tensors):
+        return "example_inputs were not used: the model has lazy parameters; run it once first"
+    if any(tensor.is_meta for tensor in tensors):
+        return "example_inputs were not used: the model is on the meta device"
+    return None
 
 
 def _to_plain(module: nn.Module, plain: type[nn.Module]) -> None:

@@ -24,7 +24,7 @@ class _Synchronized(_FusedBatchNorm):
 
     process_group: Any = None
 
-    def _normalize(
+    def run(
         self,
         input: Tensor,
         residual: Tensor | None,
@@ -33,7 +33,7 @@ class _Synchronized(_FusedBatchNorm):
     ) -> Tensor:
         group = self._group() if self.training else None
         if group is None:
-            return super()._normalize(input, residual, activation, activation_args)
+            return super().run(input, residual, activation, activation_args)
         if not has_torch_function((input,)):
             self._check_input_dim(input)
             if input.shape[1] == 0:

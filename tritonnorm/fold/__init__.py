@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import nn
 
+from tritonnorm.flow.inputs import calls_from
 from tritonnorm.fold import inspect
 from tritonnorm.fold.checkpoint import fold_state_dict
 from tritonnorm.fold.edit import apply
-from tritonnorm.fold.inputs import calls_from
 from tritonnorm.fold.inspect import Names
 from tritonnorm.fold.job import Job
 from tritonnorm.fold.verify import search

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from tritonnorm import nn as ours
+from tritonnorm.flow.guard import storage_key
 from tritonnorm.sync_nn import SyncBatchNorm, SyncBatchNormAct2d
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -241,15 +242,6 @@ def never_trained(bn: nn.Module) -> bool:
         and (bn.running_mean == 0).all()  # type: ignore[union-attr]
         and (bn.running_var == 1).all()  # type: ignore[union-attr]
     )
-
-
-def storage_key(tensor: Tensor) -> int | None:
-    """A number that two tensors share exactly when they share memory, or None without storage."""
-    try:
-        with torch._C.DisableTorchFunction():  # a look of ours, not a use by the model
-            return tensor.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):
-        return None
 
 
 def weight_owners(model: nn.Module) -> dict[int, set[str]]:

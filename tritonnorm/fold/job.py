@@ -6,13 +6,13 @@ from collections.abc import Callable, Collection
 
 from torch import nn
 
+from tritonnorm.flow.inputs import Call
 from tritonnorm.fold import inspect
 from tritonnorm.fold.algebra import FoldRefused, ScaleShift
 from tritonnorm.fold.change import Stop
 from tritonnorm.fold.edit import tail_of
 from tritonnorm.fold.frozen import recognise
 from tritonnorm.fold.graph import Run
-from tritonnorm.fold.inputs import Call
 from tritonnorm.fold.inspect import Names
 from tritonnorm.fold.pairs import Finder, Pair
 from tritonnorm.fold.plan import Outcome, Plan, Planner

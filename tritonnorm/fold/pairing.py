@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from tritonnorm.fold.inputs import calls_from
+from tritonnorm.flow.inputs import calls_from
 from tritonnorm.fold.inspect import (
     Names,
     batch_norms,

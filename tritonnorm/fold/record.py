@@ -18,10 +18,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from tritonnorm.activation import resolve
+from tritonnorm.flow.guard import StateGuard, quiet_run, storage_key, with_schema
+from tritonnorm.flow.inputs import Call, tensors_in
 from tritonnorm.fold.graph import LAYER, NORM, OPERATION, Node, Run, Span, Value, leaves
-from tritonnorm.fold.guard import StateGuard, quiet_run, with_schema
-from tritonnorm.fold.inputs import Call, tensors_in
-from tritonnorm.fold.inspect import OURS, is_layer, is_plain_norm, storage_key
+from tritonnorm.fold.inspect import OURS, is_layer, is_plain_norm
 from tritonnorm.fold.memory import Memory, geometry_of
 
 # Ways by which Python code reads values without an operation.

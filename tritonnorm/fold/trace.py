@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from tritonnorm.fold.guard import StateGuard, quiet_run
-from tritonnorm.fold.inspect import FOLDABLE, PRODUCERS, storage_key
+from tritonnorm.flow.guard import StateGuard, quiet_run, storage_key
+from tritonnorm.fold.inspect import FOLDABLE, PRODUCERS
 
 # What Python code may ask of a value without reading its elements.
 _METADATA = frozenset({"shape", "dtype", "device", "ndim", "size", "dim", "numel", "is_cuda"})

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tritonnorm.flow.guard import StateGuard, quiet_run
+from tritonnorm.flow.inputs import Call, tensors_in
 from tritonnorm.fold.algebra import Folded
 from tritonnorm.fold.edit import apply
-from tritonnorm.fold.guard import StateGuard, quiet_run
-from tritonnorm.fold.inputs import Call, tensors_in
 from tritonnorm.fold.job import Job
 from tritonnorm.fold.plan import Outcome
 from tritonnorm.fold.sites import Site, affine_of

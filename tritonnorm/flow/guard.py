@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tritonnorm.fold.inspect import storage_key
-
 
 class StateGuard(TorchDispatchMode):
     """Saves every tensor of the model before an operation first writes it, and puts all back.
@@ -103,3 +101,12 @@ def with_schema(func: Any, args: Any, kwargs: Any) -> list[tuple[Any, Any]]:
         elif argument.name in kwargs:
             found.append((argument, kwargs[argument.name]))
     return found
+
+
+def storage_key(tensor: Tensor) -> int | None:
+    """A number that two tensors share exactly when they share memory, or None without storage."""
+    try:
+        with torch._C.DisableTorchFunction():  # a look of ours, not a use by the model
+            return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):
+        return None

@@ -1,0 +1,208 @@
+"""The forward of a block in which batch norms run together with what follows them.
+
+It stands on the module object, as its attribute `forward`; the class keeps its own. Every call is
+checked first: where anything is not as it was when the code was made, the class's own forward runs,
+which computes the same without fusing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as _torch_module
+from torch.overrides import has_torch_function
+
+from tritonnorm.activation import apply, resolve
+from tritonnorm.fusing.watch import Unwatched, is_still
+from tritonnorm.nn import _FusedBatchNorm
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL = tuple(f"_global{name}" for name in ("_backward_hooks", "_backward_pre_hooks"))
+_GLOBAL += ("_global_forward_hooks", "_global_forward_pre_hooks")
+
+
+def fused(bn: Any, x: Tensor, activation: str | None, args: tuple[float, ...]) -> Tensor:
+    """``activation(bn(x))``; shapes as in `tritonnorm.BatchNorm2d`."""
+    return bn.run(x, None, activation, args)
+
+
+def fused_add(
+    bn: Any,
+    x: Tensor,
+    residual: Any,
+    activation: str | None,
+    args: tuple[float, ...],
+    written: str,
+    first: bool,
+) -> Tensor:
+    """``activation(bn(x) + residual)``, or with the operands the other way round if not `first`.
+
+    One call where both operands are alike; where they are broadcast or promoted, PyTorch's
+    addition as it was written, "+" or "+=".
+    """
+    if (
+        isinstance(residual, Tensor)
+        and residual.shape == x.shape
+        and residual.dtype == x.dtype
+        and residual.device == x.device
+    ):
+        return bn.run(x, residual, activation, args)
+    y = bn.run(x, None, None, ())
+    add: Callable[[Any, Any], Any] = operator.iadd if written == "+=" else operator.add
+    y = add(y, residual) if first else add(residual, y)
+    return apply(*resolve(activation, args), y)
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A module of Python by its name."""
+
+    name: str
+
+
+class FusedForward:
+    """The forward of one block.
+
+    Attributes:
+        module: the block.
+        sources: the code as Python text, in training and in eval mode. It can be read.
+        names: the arguments that are tensors, in the order of the code's.
+        order: the names of all positional arguments of the class's forward.
+        constants: the values that the other arguments must have.
+        given: those of them that are not what the call gets without them.
+        skipped: modules that are not called; they must have no hooks.
+        norms: the batch norms among them.
+        tree: modules with the children that they must have.
+        reads: attributes, by module and name, and what they must be.
+        globals: what the names in the code are.
+    """
+
+    def __init__(self, module: nn.Module, **parts: Any) -> None:
+        self.module = module
+        self.sources: dict[bool, str] = parts["sources"]
+        self.names: tuple[str, ...] = parts["names"]
+        self.order: tuple[str, ...] = parts["order"]
+        self.constants: dict[str, Any] = parts["constants"]
+        self.given: tuple[str, ...] = parts["given"]
+        self.skipped: tuple[nn.Module, ...] = parts["skipped"]
+        self.norms: tuple[nn.Module, ...] = parts["norms"]
+        self.tree: tuple[tuple[nn.Module, tuple[Any, ...]], ...] = parts["tree"]
+        self.reads: tuple[tuple[Any, str, Any], ...] = parts["reads"]
+        self.globals: dict[str, Any] = parts["globals"]
+        self._compile()
+
+    def _compile(self) -> None:
+        self._code = {}
+        made: dict[str, Any] = {}
+        for training, source in self.sources.items():
+            if source not in made:
+                scope = {
+                    k: importlib.import_module(v.name) if isinstance(v, Imported) else v
+                    for k, v in self.globals.items()
+                }
+                exec(compile(source, "<tritonnorm fused forward>", "exec"), scope)
+                made[source] = scope["forward"]
+            self._code[training] = made[source]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_code"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._compile()
+
+    def replicate(self) -> nn.Module:
+        """A replica for `torch.nn.DataParallel`, which runs the class's forward: this one is tied
+        to the module on the first GPU."""
+        replica: nn.Module = type(self.module)._replicate_for_data_parallel(self.module)
+        self.remove(replica)
+        return replica
+
+    def install(self) -> None:
+        """Put it on the module."""
+        self.module.__dict__.update(forward=self, _replicate_for_data_parallel=self.replicate)
+
+    @staticmethod
+    def remove(module: nn.Module) -> None:
+        """Take such a forward off a module."""
+        for name in ("forward", "_replicate_for_data_parallel"):
+            module.__dict__.pop(name, None)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the forward of the class computes."""
+        if not has_torch_function(args) and not torch.compiler.is_exporting():
+            tensors = self.tensors(args, kwargs)
+            if tensors is not None and holds(self):
+                return self.run(*tensors)
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    def run(self, *tensors: Tensor) -> Any:
+        """The fused code, unchecked."""
+        return self._code[self.module.training](self.module, *tensors)
+
+    def tensors(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The tensors in the order of the code, or None where the arguments are of other kinds."""
+        if not kwargs and len(args) == len(self.names) and not self.constants:
+            return args if all(isinstance(a, Tensor) for a in args) else None
+        if len(args) > len(self.order):
+            return None
+        found = dict(zip(self.order, args, strict=False))
+        found.update(kwargs)
+        tensors = []
+        for name in self.names:
+            tensor = found.pop(name, None)
+            if not isinstance(tensor, Tensor):
+                return None
+            tensors.append(tensor)
+        if any(name not in found for name in self.given):
+            return None
+        for name, value in found.items():
+            if name not in self.constants:
+                return None
+            constant = self.constants[name]
+            if type(value) is not type(constant) or isinstance(value, Tensor):
+                return None
+            if value is not constant and value != constant:
+                return None
+        return tensors
+
+
+def holds(forward: FusedForward) -> bool:
+    """Whether everything is as it was when the code was made."""
+    for name in _GLOBAL:
+        if getattr(_torch_module, name):
+            return False
+    for module in forward.skipped:
+        d = module.__dict__
+        if (
+            d["_forward_hooks"]
+            or d["_forward_pre_hooks"]
+            or d["_backward_hooks"]
+            or d["_backward_pre_hooks"]
+            or "forward" in d
+        ):
+            return False
+    for bn in forward.norms:
+        if not isinstance(bn, _FusedBatchNorm) or bn.activation is not None:
+            return False
+    for module, children in forward.tree:
+        if tuple(module._modules.values()) != children:
+            return False
+    if len(forward.sources) > 1:
+        mode = forward.module.training
+        if any(module.training is not mode for module, _ in forward.tree):
+            return False
+    return all(_same(module, name, value) for module, name, value in forward.reads)
+
+
+def _same(module: Any, name: str, value: Any) -> bool:
+    try:
+        return is_still(getattr(module, name), value)
+    except (AttributeError, Unwatched):
+        return False

@@ -1,0 +1,382 @@
+"""The code of one module as a graph: its own calls, with the modules that it calls as single nodes.
+
+A trace shows one way through Python code. Whatever chose that way is noted, so that the fused code
+can check it in every call: arguments that are no tensors, attributes, children. Code that lets
+something else choose is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import inspect
+import itertools
+import operator
+import random
+import traceback
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from tritonnorm.flow.guard import quiet_run
+from tritonnorm.fusing.watch import Same, Unwatched, freeze
+
+# What code may ask of a parameter without its choice going stale.
+_CONSTANT = frozenset({"shape", "size", "dim", "ndim", "numel"})
+
+
+class Refused(Exception):
+    """Why a module has no graph, in words.
+
+    Attributes:
+        helper: a function that the code calls and that cannot be followed, if that is why.
+    """
+
+    helper: Callable[..., Any] | None = None
+
+
+@dataclass
+class Arguments:
+    """What one call of a module is given.
+
+    Attributes:
+        tensors: names of the arguments that are tensors.
+        constants: the other arguments of the signature and their values.
+    """
+
+    tensors: tuple[str, ...] = ()
+    constants: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Code:
+    """The graphs of one module.
+
+    Attributes:
+        graphs: by `module.training`; the same graph twice where the mode makes no difference.
+        reads: attributes that the code reads, as (object, name, frozen value); the mode apart.
+    """
+
+    graphs: dict[bool, fx.Graph]
+    reads: list[tuple[Any, str, Any]]
+
+
+def trace(module: nn.Module, arguments: Arguments, inline: list[nn.Module]) -> Code:
+    """The graphs of a module, with the code of the modules in `inline` in the place of their calls.
+
+    Raises:
+        Refused: there is none that can be trusted.
+    """
+    helpers: list[Callable[..., Any]] = []
+    while True:
+        try:
+            return _traced(module, arguments, inline, helpers)
+        except Refused as refusal:
+            if refusal.helper is None or refusal.helper in helpers:
+                raise
+            helpers.append(refusal.helper)  # its call becomes one node
+
+
+def _traced(
+    module: nn.Module,
+    arguments: Arguments,
+    inline: list[nn.Module],
+    helpers: list[Callable[..., Any]],
+) -> Code:
+    walked = [module, *inline]
+    reads: dict[tuple[int, str], tuple[Any, str, Any]] = {}
+    graphs = {
+        mode: _trace(module, arguments, walked, helpers, reads, training=mode, on=mode)
+        for mode in (True, False)
+    }
+    if _text(graphs[True]) == _text(graphs[False]):
+        graphs[False] = graphs[True]
+    else:
+        for mode, graph in graphs.items():
+            other = _trace(module, arguments, walked, helpers, reads, training=mode, on=not mode)
+            if _text(other) != _text(graph):
+                raise Refused("its code depends on whether gradients or autocast are on")
+    return Code(graphs, [read for key, read in reads.items() if key[1] != "training"])
+
+
+def _text(graph: fx.Graph) -> list[str]:
+    return [f"{n.op} {n.name} {n.target} {n.args} {n.kwargs}" for n in graph.nodes]
+
+
+def _trace(
+    module: nn.Module,
+    arguments: Arguments,
+    walked: list[nn.Module],
+    helpers: list[Callable[..., Any]],
+    reads: dict[tuple[int, str], tuple[Any, str, Any]],
+    training: bool,
+    on: bool,
+) -> fx.Graph:
+    before = [{**m.__dict__} for m in walked]
+    lists = [{k: list(v) for k, v in d.items() if type(v) in (list, dict, set)} for d in before]
+    modes = [m.training for m in walked]
+    dice = random.getstate()
+    tracer = _Tracer(walked, arguments, helpers)
+    try:
+        for m in walked:
+            m.__dict__["training"] = training
+        with quiet_run(), torch.set_grad_enabled(on), contextlib.ExitStack() as stack:
+            stack.enter_context(_autocast(on))
+            tracer.base = tracer.surroundings()
+            spies = stack.enter_context(_Spies(reads))
+            for m in walked:
+                if not spies.watch(m):
+                    raise Refused("its class cannot be watched")
+            stack.enter_context(_RealOperations())
+            graph = tracer.trace(module)
+    except (Refused, Unwatched) as refusal:
+        raise Refused(str(refusal)) from None
+    except Exception as error:
+        text = " ".join(str(error).split())[:120]
+        refusal = Refused(f"{type(error).__name__}{': ' if text else ''}{text}")
+        refusal.helper = _helper(error, walked)
+        raise refusal from None
+    finally:
+        for m, mode in zip(walked, modes, strict=True):
+            m.__dict__["training"] = mode
+        changed = [_put_back(m, old) for m, old in zip(walked, before, strict=True)]
+    if any(changed):
+        raise Refused("its code sets attributes")
+    for m, kept in zip(walked, lists, strict=True):
+        if any(list(m.__dict__[name]) != values for name, values in kept.items()):
+            raise Refused("its code changes a list or dictionary")
+    if random.getstate() != dice:
+        raise Refused("its code draws random numbers")
+    if any(proxy() is not None for proxy in tracer.alive):
+        gc.collect(1)  # unpacking a value leaves cycles, which are young
+    if any(proxy() is not None for proxy in tracer.alive):
+        raise Refused("its code keeps a value beyond the call")
+    return graph
+
+
+@contextlib.contextmanager
+def _autocast(on: bool) -> Iterator[None]:
+    """Autocast for every device, so that code that turns it off, or asks for it, shows."""
+    before = [(kind, torch.is_autocast_enabled(kind)) for kind in ("cpu", "cuda")]
+    for kind, _ in before:
+        torch.set_autocast_enabled(kind, on)
+    try:
+        yield
+    finally:
+        for kind, was in before:
+            torch.set_autocast_enabled(kind, was)
+
+
+def _helper(error: Exception, walked: list[nn.Module]) -> Callable[..., Any] | None:
+    """The function of the code's own Python module in which an error arose."""
+    codes = {inspect.unwrap(type(m).forward).__code__ for m in walked}
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    for outer, inner in itertools.pairwise(frames):
+        found = outer.f_globals.get(inner.f_code.co_name)
+        same = isinstance(found, FunctionType) and found.__code__ is inner.f_code
+        if outer.f_code in codes and same and found.__module__.partition(".")[0] != "torch":
+            return found
+    return None
+
+
+def _put_back(module: nn.Module, before: dict[str, Any]) -> bool:
+    """Undo rebound attributes; whether there were any."""
+    now = module.__dict__
+    same = now.keys() == before.keys() and all(now[k] is before[k] for k in before)
+    if not same:
+        now.clear()
+        now.update(before)
+    return not same
+
+
+class _Proxy(fx.Proxy):
+    """A value; unlike torch.fx's, its graph shows additions and products in place as such."""
+
+    _is_param = _is_buffer = False  # which a module asks when it is assigned
+
+    def __iadd__(self, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+
+    def __isub__(self, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.isub, (self, other), {})
+
+    def __imul__(self, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.itruediv, (self, other), {})
+
+
+class _Value(_Proxy):
+    """A value that is a tensor, also for `isinstance`."""
+
+    @property
+    def __class__(self) -> Any:
+        return Tensor
+
+    @__class__.setter
+    def __class__(self, value: Any) -> None:
+        raise TypeError("a traced value has no other class")
+
+
+_PROXIES = (_Proxy, _Value, fx.Proxy, fx.proxy.Attribute)
+
+
+class _Tracer(fx.Tracer):
+    def __init__(
+        self,
+        walked: list[nn.Module],
+        arguments: Arguments,
+        helpers: list[Callable[..., Any]],
+    ) -> None:
+        super().__init__(autowrap_functions=tuple(helpers))
+        self.walked = {id(m) for m in walked}
+        self.arguments = arguments
+        self.alive: list[weakref.ref[fx.Proxy]] = []
+        self.base: tuple[Any, ...] | None = None
+
+    @staticmethod
+    def surroundings() -> tuple[Any, ...]:
+        """Modes of PyTorch that a `with` in the code could have changed."""
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        autocast = tuple(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
+        return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, hooks is None
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if self.base is not None and self.surroundings() != self.base:
+            raise Refused("its code switches gradients, autocast or saved tensors")
+        return super().create_node(*args, **kwargs)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return id(m) not in self.walked
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if overrides_call(m):
+            raise Refused(f"{type(m).__name__} overrides __call__")
+        return super().call_module(m, forward, args, kwargs)
+
+    def create_arg(self, a: Any) -> Any:
+        if type(a) in (_Proxy, _Value):
+            return a.node
+        if isinstance(a, Tensor) and not isinstance(a, fx.Proxy):
+            owned = (*self.root.parameters(), *self.root.buffers())
+            if not any(a is tensor for tensor in owned):
+                raise Refused("its code uses a tensor that is no parameter or buffer")
+        return super().create_arg(a)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        plain = node.op == "call_module" and type(
+            self.root.get_submodule(str(node.target))
+        ).__module__.startswith("torch.nn.modules")
+        tensor = node.op == "placeholder" or plain
+        proxy = _Value(node, self) if tensor else _Proxy(node, self)
+        if node.op == "call_module":
+            self.alive.append(weakref.ref(proxy))
+        return proxy
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        names, constants, root = self.arguments.tensors, self.arguments.constants, self.root
+
+        def call(*tensors: Any) -> Any:
+            return root_fn(root, **dict(zip(names, tensors, strict=True)), **constants)
+
+        return call, [self.create_proxy("placeholder", name, (), {}) for name in names]
+
+
+def overrides_call(module: nn.Module) -> bool:
+    """Whether a call of the module does more than `torch.nn.Module` does."""
+    order = type(module).__mro__
+    return any("__call__" in c.__dict__ for c in order[: order.index(nn.Module)])
+
+
+class _RealOperations(TorchFunctionMode):
+    """Refuses operations on real tensors: the graph would hold their results as constants."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == "__get__":
+            name = getattr(getattr(func, "__self__", None), "__name__", "")
+        leaves = tree_leaves((args, kwargs))
+        if not any(type(leaf) in _PROXIES for leaf in leaves) and name not in _CONSTANT:
+            raise Refused(f"its code calls {name or func} on no traced value")
+        return func(*args, **kwargs)
+
+
+class _Spies:
+    """Notes which attributes the code reads, of the modules and of objects that they hold."""
+
+    def __init__(self, reads: dict[Any, Any]) -> None:
+        self.reads = reads
+        self.plain: list[tuple[Any, type]] = []
+
+    def __enter__(self) -> _Spies:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for thing, plain in self.plain:
+            object.__setattr__(thing, "__class__", plain)
+
+    def watch(self, thing: Any) -> bool:
+        """Watch an object from now on; False if its class does not allow it."""
+        if any(thing is watched for watched, _ in self.plain):
+            return True
+        plain, note = type(thing), self._note
+
+        class Spy(plain):  # type: ignore[misc, valid-type]
+            def __getattribute__(self, name: str) -> Any:
+                value = super().__getattribute__(name)
+                if self is thing:
+                    note(self, name, value)
+                return value
+
+            def __getattr__(self, name: str) -> Any:
+                value = super().__getattr__(name)
+                if self is thing:
+                    note(self, name, value)
+                return value
+
+        Spy.__name__, Spy.__module__ = plain.__name__, plain.__module__
+        Spy.__qualname__ = plain.__qualname__
+        if not hasattr(plain, "__getattr__"):
+            del Spy.__getattr__
+        try:
+            object.__setattr__(thing, "__class__", Spy)
+        except TypeError:
+            return False
+        self.plain.append((thing, plain))
+        return True
+
+    def _note(self, thing: Any, name: str, value: Any) -> None:
+        if type(value) in _PROXIES:
+            return  # set by the code itself, which is seen afterwards
+        if name.startswith("__") or getattr(value, "__self__", None) is thing:
+            return
+        if isinstance(thing, nn.Module):
+            if name in _INTERNAL:
+                return
+            tables = (thing.__dict__[table] for table in ("_modules", "_parameters", "_buffers"))
+            if value is not None and any(table.get(name) is value for table in tables):
+                return  # children are compared as a whole, tensors are read in every call
+        try:
+            frozen = freeze(value)
+        except Unwatched as kind:
+            if not hasattr(value, "__dict__") or callable(value) or not self.watch(value):
+                text = f"its code reads `{name}`, {kind}, which may change"
+                raise Unwatched(text) from None
+            frozen = Same(value)
+        self.reads[id(thing), name] = (thing, name, frozen)
+
+
+_INTERNAL = frozenset(nn.Module().__dict__) - {"training"} | {"_compiled_call_impl"}
