@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import copy
-import inspect
-import pickle
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -295,30 +292,6 @@ def traced_of_rank(rank: int, group: Any) -> list[Tensor]:
 def test_a_traced_model_still_synchronises(pool: Ranks) -> None:
     for traced, eager in pool.run(traced_of_rank, world=2):
         torch.testing.assert_close(traced, eager)
-
-
-def test_constructor_is_torchs() -> None:
-    mine = inspect.signature(SyncBatchNorm).parameters
-    theirs = inspect.signature(torch.nn.SyncBatchNorm).parameters
-    assert list(mine)[: len(theirs)] == list(theirs)
-    assert all(mine[n].default == p.default and mine[n].kind == p.kind for n, p in theirs.items())
-    assert issubclass(SyncBatchNorm, torch.nn.SyncBatchNorm)
-    with pytest.raises(ValueError, match=r"^activation"):
-        SyncBatchNorm(3, activation="swish")
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_alone_it_is_a_plain_batch_norm(training: bool) -> None:
-    """Without a process group, on the CPU too."""
-    x, z = torch.randn(2, 4, 3, 5), torch.randn(2, 4, 3, 5)
-    ours = SyncBatchNorm(4, activation="relu").train(training)
-    plain = torch.nn.BatchNorm2d(4).train(training)
-    torch.testing.assert_close(ours(x, z), F.relu(plain(x) + z))
-    torch.testing.assert_close(ours.running_var, plain.running_var)
-    again = pickle.loads(pickle.dumps(copy.deepcopy(ours)))
-    torch.testing.assert_close(again(x, z), ours(x, z))
-    with pytest.raises(ValueError, match="at least 2D"):
-        ours(torch.randn(4))
 
 
 def outside_of_rank(rank: int, group: Any) -> list[Tensor]:

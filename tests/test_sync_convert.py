@@ -1,13 +1,16 @@
-"""convert_sync_batchnorm keeps what torch's loses, and revert_sync_batchnorm gives it back."""
+"""SyncBatchNorm without a process group; convert_sync_batchnorm keeps what torch's loses, and
+revert_sync_batchnorm gives it back."""
 
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tritonnorm
@@ -21,6 +24,30 @@ from tritonnorm import (
     revert_sync_batchnorm,
 )
 from tritonnorm.sync_nn import SyncBatchNormAct2d
+
+
+def test_constructor_is_torchs() -> None:
+    mine = inspect.signature(SyncBatchNorm).parameters
+    theirs = inspect.signature(torch.nn.SyncBatchNorm).parameters
+    assert list(mine)[: len(theirs)] == list(theirs)
+    assert all(mine[n].default == p.default and mine[n].kind == p.kind for n, p in theirs.items())
+    assert issubclass(SyncBatchNorm, torch.nn.SyncBatchNorm)
+    with pytest.raises(ValueError, match=r"^activation"):
+        SyncBatchNorm(3, activation="swish")
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_alone_it_is_a_plain_batch_norm(training: bool) -> None:
+    """Without a process group, on the CPU too."""
+    x, z = torch.randn(2, 4, 3, 5), torch.randn(2, 4, 3, 5)
+    ours = SyncBatchNorm(4, activation="relu").train(training)
+    plain = torch.nn.BatchNorm2d(4).train(training)
+    torch.testing.assert_close(ours(x, z), F.relu(plain(x) + z))
+    torch.testing.assert_close(ours.running_var, plain.running_var)
+    again = pickle.loads(pickle.dumps(copy.deepcopy(ours)))
+    torch.testing.assert_close(again(x, z), ours(x, z))
+    with pytest.raises(ValueError, match="at least 2D"):
+        ours(torch.randn(4))
 
 
 class Net(nn.Module):
