@@ -53,8 +53,7 @@ def arguments(layout: str, op: str, full: bool = True) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("full", [True, False])
-@pytest.mark.parametrize("layout", ["NCL", "NLC", "slice"])
+@pytest.mark.parametrize(("layout", "full"), [("NLC", True), ("slice", True), ("NCL", False)])
 @pytest.mark.parametrize("op", ["training", "inference", "backward"])
 def test_opcheck(op: str, layout: str, full: bool) -> None:
     operator = getattr(OPS, f"masked_batch_norm_{op}").default
@@ -101,7 +100,7 @@ def function(layout: str, training: bool, activation: str | None) -> Any:
 
 
 @pytest.mark.parametrize("layout", ["NCL", "NLC"])
-@pytest.mark.parametrize("activation", [None, "silu", "leaky_relu"])
+@pytest.mark.parametrize("activation", [None, "silu"])
 @pytest.mark.parametrize("training", [True, False])
 def test_gradcheck(training: bool, activation: str | None, layout: str) -> None:
     call = function(layout, training, activation)

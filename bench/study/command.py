@@ -117,6 +117,7 @@ def main(
         "by": by,
         "repeats": len(seeds),
         "seconds": time.monotonic() - begin,
+        "cpu_seconds": sum(os.times()[2:4]),  # of the child processes, which are over
     }
     out.mkdir(parents=True, exist_ok=True)
     for name, frame in frames.items():

@@ -48,6 +48,7 @@ def page(sections: Sequence[Section], facts: dict[str, Any], folder: Path) -> st
         facts: of the run: those of `bench.record.environment`, and data, by, repeats, seconds.
         folder: where the page will lie; pictures are linked from there.
     """
+    cpu = f", {facts['cpu_seconds']:.0f} s of CPU time" if "cpu_seconds" in facts else ""
     versions = facts["versions"]
     state = " with changes" if facts["dirty"] else ""
     lines = [
@@ -60,7 +61,7 @@ def page(sections: Sequence[Section], facts: dict[str, Any], folder: Path) -> st
         f"`{facts['command']}`, {facts['date']}, commit "
         f"{(facts['commit'] or 'unknown')[:12]}{state}, "
         f"torch {versions['torch']}, Python {versions['python']}, {facts['host']['cpu']}, "
-        f"{facts['seconds']:.0f} s.",
+        f"{facts['seconds']:.0f} s{cpu}.",
         "",
     ]
     for experiment, table, verdicts, picture in sections:
