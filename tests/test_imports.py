@@ -39,6 +39,7 @@ ROOMS = (
     Room("reference", ours=("activation",)),
     *(Room(leaf, ours=()) for leaf in LEAVES),
     Room("kernels._body", ours=("kernels._tile", "kernels._epilogue"), theirs=("triton",)),
+    Room("kernels._persistent", ours=("kernels._*",), theirs=("triton",), without=("os",)),
     Room("kernels._*", ours=(), theirs=("triton",), without=("os",)),
     Room("kernels", ours=(*PURE_LEAVES, "kernels.*"), without=("os",)),
     Room(

@@ -100,7 +100,7 @@ def force_plan(algorithm: str, config: Config | None = None) -> Iterator[None]:
     """Within the context every problem that ``algorithm`` supports is computed by it.
 
     Args:
-        algorithm: "resident", "split" or "affine".
+        algorithm: "resident", "persistent", "split" or "affine".
         config: its configuration; the formula's if None.
 
     Raises:

@@ -107,6 +107,7 @@ def cases(quick: bool = False) -> list[CompileCase]:
     if quick:
         few = [
             (Call(large, True, **fused), "split"),
+            (Call(large, True, **fused), "persistent"),
             (Call((32, 256, 14, 14), False, **fused), "resident"),
             (Call(large, True, activation="relu", training=False), "affine"),
         ]
@@ -116,6 +117,8 @@ def cases(quick: bool = False) -> list[CompileCase]:
         (Call(large, False, activation="relu", training=False), "affine"),
         (Call(small, True, **fused), "resident"),
         (Call((32, 256, 14, 14), False, **fused), "resident"),
+        (Call(large, True, **fused), "persistent"),
+        (Call(large, False, **fused), "persistent"),
     ]
     options: tuple[dict[str, Any], ...] = (
         {"dtype": torch.float32, "activation": "mish", "residual": True},
@@ -130,6 +133,7 @@ def cases(quick: bool = False) -> list[CompileCase]:
             (Call(large, one, **kind), "split"),
             (Call(large, two, training=False, **kind), "affine"),
             (Call(small, one, **kind), "resident"),
+            (Call(large, one, **kind), "persistent"),
         ]
     other += [
         (Call((8, 64, 28, 28), False, **fused), "resident"),
@@ -227,7 +231,7 @@ def _check_found(case: CompileCase, direction: Direction, rows: Sequence[Compile
 
 
 def _configs(case: CompileCase, direction: Direction) -> list[Config]:
-    """Configurations that compile to different code; the number of splits is no matter to it."""
+    """Configurations that compile to different code."""
     problem, device = case.call.problem(direction), KNOWN[GPUS[case.target]]
     algorithm = BY_NAME[case.algorithm]
     if (reason := algorithm.supports(problem, device)) is not None:
@@ -236,8 +240,13 @@ def _configs(case: CompileCase, direction: Direction) -> list[Config]:
         return [algorithm.heuristic(problem, device)]
     found: dict[Config, Config] = {}
     for config in algorithm.configs(problem, device):
-        found.setdefault(replace(config, splits=1), config)
+        found.setdefault(same_code(config), config)
     return list(found.values())
+
+
+def same_code(config: Config) -> Config:
+    """What of a configuration matters to the code: not how many splits and blocks at once."""
+    return replace(config, splits=1, at_once=min(config.at_once, 1))
 
 
 def _row(

@@ -29,6 +29,13 @@ def chunk_origin(chunk, P, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr):
 
 
 @triton.jit
+def chunk_size(n0, p0, N, P, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Elements of a channel that a chunk covers; 0 beyond the last."""
+    samples = tl.maximum(tl.minimum(N - n0, BLOCK_N), 0)
+    return samples * tl.maximum(tl.minimum(P - p0, BLOCK_P), 0)
+
+
+@triton.jit
 def lanes(BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr):
     """Sample and position of every column of a tile, counted from the origin of its chunk."""
     k = tl.arange(0, BLOCK_N * BLOCK_P)
@@ -109,7 +116,7 @@ def bit_offsets(
         c = c0 + tl.arange(0, BLOCK_C // 8) * 8
         p = p0 + tl.arange(0, BLOCK_N * BLOCK_P)
         offsets = p.to(tl.int64)[None, :] * tl.cdiv(C, 8) + (c // 8)[:, None]
-        return offsets, (c < C)[:, None] & (p < P)[None, :]
+        return offsets, (c < C)[:, None] & ((p < P) & (n0 < N))[None, :]
     else:
         c = c0 + tl.arange(0, BLOCK_C)
         k = tl.arange(0, BLOCK_N * BLOCK_P // 8)

@@ -39,6 +39,8 @@ class Config:
         block_p: positions of a tile.
         splits: programs that share the chunks of one channel block.
         num_warps: warps of a program.
+        kept: chunks of a program that stay in its registers (`persistent`).
+        at_once: channel blocks that are worked on at the same time (`persistent`).
     """
 
     block_c: int
@@ -46,6 +48,8 @@ class Config:
     block_p: int
     splits: int = 1
     num_warps: int = 4
+    kept: int = 0
+    at_once: int = 0
 
     @property
     def tile(self) -> int:
@@ -56,6 +60,11 @@ class Config:
         """Tiles that cover one channel block."""
         view = problem.view
         return cdiv(view.n, self.block_n) * cdiv(view.p, self.block_p)
+
+    @property
+    def meets(self) -> bool:
+        """Whether programs wait for each other."""
+        return self.at_once > 0
 
     def channel_blocks(self, problem: Problem) -> int:
         return cdiv(problem.view.c, self.block_c)
@@ -218,6 +227,8 @@ class Launch:
         grid: programs in up to three dimensions.
         sizes: integers, or None for an argument that is left out of the compiled kernel.
         num_warps: of a program.
+        cooperative: the programs wait for each other: all are resident at once, or the launch
+            fails.
         meta: compile-time arguments by name.
     """
 
@@ -229,17 +240,22 @@ class Launch:
         grid: tuple[int, ...],
         sizes: Sequence[int | None],
         num_warps: int,
+        cooperative: bool = False,
         **meta: Any,
     ) -> None:
         self._kernel = kernel
         self._grid = (*grid, 1, 1)[:3]
         self._sizes = tuple(sizes)
         self._options = {**meta, "num_warps": num_warps, "enable_fp_fusion": True}
+        if cooperative:
+            self._options["launch_cooperative_grid"] = True
         self._tail = (*self._sizes, *(meta[name] for name in kernel.arg_names if name in meta))
 
     def __call__(self, *tensors: Any) -> None:
         """Launch on the device of the first tensor."""
         if not isinstance(self._kernel, JITFunction):  # the interpreter
+            if "launch_cooperative_grid" in self._options:
+                _refuse_one_after_another()
             self._by_triton(tensors)
             return
         device = driver.active.get_current_device()
@@ -277,6 +293,17 @@ class Launch:
 
     def _by_triton(self, tensors: tuple[Any, ...]) -> Any:
         return self._kernel[self._grid](*tensors, *self._sizes, **self._options)
+
+
+def _refuse_one_after_another() -> None:
+    """Raise where programs that wait for each other would wait for ever."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    if not getattr(InterpreterBuilder, "interleaved", False):
+        raise RuntimeError(
+            "the interpreter runs programs one after another, so they cannot meet: plan for "
+            "tritonnorm.device.INTERPRETER, or use bench.lab.scheduler.interleaved"
+        )
 
 
 # Device -> launch and dtypes -> compiled kernel.

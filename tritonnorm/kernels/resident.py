@@ -85,10 +85,13 @@ def forward_kernel(
         valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
         xs = xs + (tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=valid, other=0.0),)
     count = tl.cast(N, ACC) * tl.cast(P, ACC)
-    mean = tl.zeros([BLOCK_C], ACC)
+    pivot = moments.pivot(xs[0].to(ACC))
+    total = tl.zeros([BLOCK_C], ACC)
     for chunk in tl.static_range(CHUNKS):
-        mean += tl.sum(xs[chunk].to(ACC), 1)
-    mean = mean / count
+        n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P)
+        valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
+        total += tl.sum(tl.where(valid, xs[chunk].to(ACC) - pivot[:, None], 0.0), 1)
+    mean = pivot + total / count
     m2 = tl.zeros([BLOCK_C], ACC)
     for chunk in tl.static_range(CHUNKS):
         n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P)

@@ -43,7 +43,7 @@ from .streaming import (
 @triton.jit(do_not_specialize=["PER_SPLIT", "CHUNKS"])
 def moments_kernel(
     x_ptr,  # [N, C, P]
-    partial_ptr,  # [3, SPLITS, C] out: count, mean, centred second moment
+    partial_ptr,  # [4, SPLITS, C] out: count, pivot, sum less it, centred second moment
     N,
     C,
     P,
@@ -66,7 +66,8 @@ def moments_kernel(
         c, C, P, xs_n, xs_c, xs_p, BLOCK_N, BLOCK_P, CHANNELS_LAST
     )
     count = tl.zeros([], ACC)
-    mean = tl.zeros([BLOCK_C], ACC)
+    pivot = tl.zeros([BLOCK_C], ACC)
+    total = tl.zeros([BLOCK_C], ACC)
     m2 = tl.zeros([BLOCK_C], ACC)
     first = tl.program_id(1) * PER_SPLIT
     last = tl.minimum(first + PER_SPLIT, CHUNKS)
@@ -74,20 +75,22 @@ def moments_kernel(
         n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P)
         valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
         x = tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=valid, other=0.0).to(ACC)
-        size = tl.minimum(N - n0, BLOCK_N) * tl.minimum(P - p0, BLOCK_P)
-        tile_count = tl.cast(size, ACC)
-        tile_mean, tile_m2 = moments.tile_moments(x, valid, tile_count)
-        count, mean, m2 = moments.merge_moments(count, mean, m2, tile_count, tile_mean, tile_m2)
+        if chunk == first:
+            pivot = moments.pivot(x)
+        size = tile.chunk_size(n0, p0, N, P, BLOCK_N, BLOCK_P).to(ACC)
+        tile_total, tile_m2 = moments.tile_moments(x, pivot, valid, size)
+        count, total, m2 = moments.merge_moments(count, total, m2, size, tile_total, tile_m2)
     plane = tl.num_programs(1).to(tl.int64) * C
     row = partial_ptr + tl.program_id(1).to(tl.int64) * C + c
     tl.store(row, tl.zeros([BLOCK_C], ACC) + count, mask=c < C)
-    tl.store(row + plane, mean, mask=c < C)
-    tl.store(row + 2 * plane, m2, mask=c < C)
+    tl.store(row + plane, pivot, mask=c < C)
+    tl.store(row + 2 * plane, total, mask=c < C)
+    tl.store(row + 3 * plane, m2, mask=c < C)
 
 
 @triton.jit(do_not_specialize=["SPLITS"])
 def combine_moments_kernel(
-    partial_ptr,  # [3, SPLITS, C]
+    partial_ptr,  # [4, SPLITS, C]
     mean_ptr,  # [C] out
     rstd_ptr,  # [C] out
     running_mean_ptr,  # [C] or None
@@ -106,21 +109,22 @@ def combine_moments_kernel(
     ACC: tl.constexpr = mean_ptr.dtype.element_ty
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     plane = tl.cast(SPLITS, tl.int64) * C
+    base = tl.load(partial_ptr + plane + c, mask=c < C, other=0.0)
     count = tl.zeros([BLOCK_C], ACC)
-    mean = tl.zeros([BLOCK_C], ACC)
+    total = tl.zeros([BLOCK_C], ACC)
     m2 = tl.zeros([BLOCK_C], ACC)
     for s0 in range(0, SPLITS, BLOCK_S):
         s = s0 + tl.arange(0, BLOCK_S)
         valid = (s < SPLITS)[:, None] & (c < C)[None, :]
         at = partial_ptr + s.to(tl.int64)[:, None] * C + c[None, :]
-        block_count = tl.load(at, mask=valid, other=0.0)
-        block_mean = tl.load(at + plane, mask=valid, other=0.0)
-        block_m2 = tl.load(at + 2 * plane, mask=valid, other=0.0)
-        total = tl.maximum(tl.sum(block_count, 0), 1.0)
-        centre = tl.sum(block_count * block_mean, 0) / total
-        delta = tl.where(valid, block_mean - centre[None, :], 0.0)
-        spread = tl.sum(block_m2 + block_count * delta * delta, 0)
-        count, mean, m2 = moments.merge_moments(count, mean, m2, total, centre, spread)
+        counts = tl.load(at, mask=valid, other=0.0)
+        firsts = tl.load(at + plane, mask=valid, other=0.0)
+        totals = tl.load(at + 2 * plane, mask=valid, other=0.0)
+        squares = tl.load(at + 3 * plane, mask=valid, other=0.0)
+        block = moments.rows_moments(counts, firsts, totals, squares, base)
+        count, total, m2 = moments.merge_moments(count, total, m2, *block)
+    count = tl.maximum(count, 1.0)
+    mean = base + total / count
     rstd = 1.0 / tl.sqrt(m2 / count + tl.full([], eps, ACC))
     moments.store_statistics(
         c, mean, m2, rstd, count, C, mean_ptr, rstd_ptr,
@@ -186,7 +190,7 @@ class Split:
 
         def run(a: ForwardArguments) -> None:
             assert a.mean is not None and a.rstd is not None
-            partial = a.mean.new_empty((3, splits, c))
+            partial = a.mean.new_empty((4, splits, c))
             moments_of_splits(a.x, partial)
             combine[advance_counter(a)](
                 *(partial, a.mean, a.rstd, a.running_mean, a.running_var, a.counter),

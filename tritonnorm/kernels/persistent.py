@@ -1,0 +1,222 @@
+"""Programs that share a channel block meet: one launch, and what is read twice is near.
+
+The programs of a channel block keep what they can of it in registers, and leave the rest to the L2
+cache. After the first pass they exchange moments (or sums) and meet; the second pass takes the
+registers first, then the rest in reverse. Channel blocks that do not fit together go one group
+after the other, and each set of programs goes on to its next block without waiting for the other
+sets. Forward moves 2S and backward 3S as far as a group fits in registers and L2.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritonnorm.device import Device
+from tritonnorm.problem import Problem, minimum_bytes
+
+from . import _persistent as kernels
+from .base import (
+    BackwardArguments,
+    Config,
+    EpilogueArguments,
+    ForwardArguments,
+    Launch,
+    advance_counter,
+    cdiv,
+    power_of_two_blocks,
+    predicted_seconds,
+    x_strides,
+)
+
+# Warps of a program. With 8 warps of up to 255 registers a thread (256 on CDNA, where a wavefront
+# has 64 lanes) one program fills a multiprocessor, so one on each is always co-resident.
+WARPS = 8
+# 32-bit registers a thread may spend on what it keeps: the rest is for addresses and reductions.
+# The compile audit finds no spill with them. With 48 it does on sm_80 (BN+add+relu, bf16 NHWC) and
+# on sm_100 (the backward of BN+add+silu, bf16 NCHW), with 48 on gfx942, where a program has twice
+# the threads.
+PAYLOAD = {"sm": 40, "gfx": 24}
+TILE = 4096  # elements of a chunk: two 16-byte accesses of 16-bit data for every thread
+# Estimates, to be measured: how long a meeting takes (two trips to the L2 cache and the wait for
+# the slowest), and which share of the L2 cache a group may count on beside what is written.
+MEETING_SECONDS = 2e-6
+L2_SHARE = 0.5
+MOST_BLOCKS = 1024  # channel blocks at once: semaphores of a stream
+
+
+class Persistent:
+    """A cooperative launch whose programs meet once per group of channel blocks."""
+
+    name = "persistent"
+
+    def supports(self, problem: Problem, device: Device) -> str | None:
+        if not problem.batch_statistics:
+            return "the statistics are given"
+        if not problem.sums or (problem.direction == "backward" and not problem.needs_dx):
+            return "there is no second pass over the data"
+        if device.arch == "interpreter":
+            return "programs that meet cannot run one after another"
+        if device.sms < 2 or self._tiling(problem, 16).chunks(problem) < 2:
+            return "a channel block has one chunk only"
+        return None
+
+    def heuristic(self, problem: Problem, device: Device) -> Config:
+        return self.configs(problem, device)[0]
+
+    def configs(self, problem: Problem, device: Device) -> list[Config]:
+        """Every width of channel blocks with every number of them at once, the best first."""
+        found = []
+        for width in (16, 32, 64) if problem.view.channels_last else (1,):
+            tiling = self._tiling(problem, width)
+            blocks, chunks = tiling.channel_blocks(problem), tiling.chunks(problem)
+            at_once = 1
+            while at_once < 2 * blocks and at_once <= min(device.sms // 2, MOST_BLOCKS):
+                sets = min(at_once, blocks)
+                splits = min(device.sms // sets, chunks)
+                if splits >= 2:
+                    found.append(self._filled(problem, device, tiling, sets, splits))
+                at_once *= 2
+        return sorted(dict.fromkeys(found), key=lambda c: self.predict(problem, c, device))
+
+    def model_bytes(self, problem: Problem, config: Config) -> int:
+        """Every tensor once, and a second read of what is not kept, wherever it comes from."""
+        tensors = 1 if problem.direction == "forward" else 2 + problem.reads_residual
+        view, size = problem.view, problem.dtype.itemsize
+        again = tensors * size * view.c * self._streamed(problem, config, view.p, config.block_p)
+        if problem.direction == "backward" and problem.mask:
+            if view.channels_last:
+                again += self._streamed(problem, config, view.p, config.block_p) * cdiv(view.c, 8)
+            else:
+                bits, block = cdiv(view.p, 8), config.block_p // 8
+                again += self._streamed(problem, config, bits, block) * view.c
+        return minimum_bytes(problem) + again
+
+    def predict(self, problem: Problem, config: Config, device: Device) -> float:
+        groups = cdiv(config.channel_blocks(problem), config.at_once)
+        once = minimum_bytes(problem)
+        again = self.model_bytes(problem, config) - once
+        missed = max(0.0, again - groups * L2_SHARE * device.l2_bytes)
+        programs = config.at_once * config.splits
+        seconds = predicted_seconds(device, once + missed, programs, launches=1)
+        return seconds + groups * MEETING_SECONDS
+
+    def _streamed(self, problem: Problem, config: Config, length: int, block: int) -> int:
+        """Of a channel's [N, length] in blocks of `block`, what its programs read twice."""
+        n, block_n = problem.view.n, config.block_n
+        per_sample = cdiv(length, block)
+
+        def before(chunk: int) -> int:
+            """How much lies in the chunks before this one."""
+            rows, rest = divmod(chunk, per_sample)
+            samples = min(rows * block_n, n)
+            return samples * length + min(block_n, n - samples) * min(rest * block, length)
+
+        own = cdiv(config.chunks(problem), config.splits)
+        starts = range(0, own * config.splits, own)
+        return sum(before(first + own - config.kept) - before(first) for first in starts)
+
+    def _tiling(self, problem: Problem, width: int) -> Config:
+        """Chunks of `TILE` elements, `width` channels wide where the channels are contiguous."""
+        view = problem.view
+        bits = 8 if problem.mask else 1
+        if view.channels_last:
+            block_c = max(bits, width)
+            block_p = power_of_two_blocks(view.p, TILE // block_c, TILE // block_c // 4)
+            return Config(block_c, 1, block_p, num_warps=WARPS)
+        block_p = max(bits, power_of_two_blocks(view.p, TILE, 64))
+        block_n = power_of_two_blocks(view.n, max(1, TILE // block_p), 1)
+        return Config(1, block_n, block_p, num_warps=WARPS)
+
+    def _filled(
+        self, problem: Problem, device: Device, tiling: Config, sets: int, splits: int
+    ) -> Config:
+        """As many chunks kept as the registers hold, and no program without chunks."""
+        own = cdiv(tiling.chunks(problem), splits)
+        words = problem.dtype.itemsize / 4  # of an element: x, and in backward its gradient
+        if problem.direction == "backward":
+            words += problem.accumulator.itemsize / 4
+        payload = PAYLOAD["gfx" if device.arch.startswith("gfx") else "sm"]
+        room = int(payload * WARPS * device.warp / (words * tiling.tile))
+        return Config(
+            *(tiling.block_c, tiling.block_n, tiling.block_p),
+            splits=cdiv(tiling.chunks(problem), own),
+            num_warps=WARPS,
+            kept=min(own, room),
+            at_once=sets,
+        )
+
+    def forward(
+        self, problem: Problem, config: Config, epilogue: EpilogueArguments
+    ) -> Callable[[ForwardArguments], None]:
+        launches = [
+            self._launch(
+                kernels.forward_kernel, problem, config, CUMULATIVE=c, **epilogue.forward()
+            )
+            for c in (False, True)
+        ]
+
+        def run(a: ForwardArguments) -> None:
+            assert a.mean is not None
+            launches[advance_counter(a)](
+                *(a.x, a.y, a.residual, a.mask, _partial(config, a.mean, 4)),
+                *(_semaphores(a.x, config.at_once), a.mean, a.rstd, a.weight, a.bias),
+                *(a.running_mean, a.running_var, a.counter),
+                *(a.eps, 0.0 if a.momentum is None else a.momentum),
+            )
+
+        return run
+
+    def backward(
+        self, problem: Problem, config: Config, epilogue: EpilogueArguments
+    ) -> Callable[[BackwardArguments], None]:
+        launch = self._launch(kernels.backward_kernel, problem, config, **epilogue.backward())
+
+        def run(a: BackwardArguments) -> None:
+            launch(
+                *(a.dy, a.x, a.residual, a.mask, a.dx, a.dresidual),
+                *(_partial(config, a.rstd, 2), _semaphores(a.x, config.at_once)),
+                *(a.mean, a.rstd, a.weight, a.bias, a.dweight, a.dbias),
+            )
+
+        return run
+
+    def _launch(self, kernel: Any, problem: Problem, config: Config, **meta: Any) -> Launch:
+        view = problem.view
+        streamed = cdiv(config.chunks(problem), config.splits) - config.kept
+        groups = cdiv(config.channel_blocks(problem), config.at_once)
+        return Launch(
+            kernel,
+            (config.at_once, config.splits),
+            (view.n, view.c, view.p, *x_strides(problem), streamed, groups),
+            config.num_warps,
+            cooperative=True,
+            **meta,
+            KEPT=config.kept,
+            SPLITS=config.splits,
+            **config.geometry(problem),
+        )
+
+
+def _partial(config: Config, like: Tensor, quantities: int) -> Tensor:
+    """Workspace for what the programs tell each other, two rounds of it."""
+    return like.new_empty((2, quantities, config.splits, config.at_once * config.block_c))
+
+
+_of_stream: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def _semaphores(x: Tensor, blocks: int) -> Tensor:
+    """Zeros, or what earlier launches left there, which is as good (see `_barrier`).
+
+    Two launches that run at the same time must not share them. Launches on one stream follow each
+    other, so each stream has its own. A captured graph may be replayed on any stream: it has its
+    own, part of its memory, which it sets to zero at every replay.
+    """
+    if not x.is_cuda or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(blocks, dtype=torch.int32, device=x.device)
+    key = (x.device, torch.cuda.current_stream(x.device).cuda_stream)
+    if key not in _of_stream:
+        _of_stream[key] = torch.zeros(MOST_BLOCKS, dtype=torch.int32, device=x.device)
+    return _of_stream[key]
