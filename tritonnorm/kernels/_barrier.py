@@ -1,7 +1,7 @@
 """Programs of one launch meet: what each stored before, all can load after.
 
-All of them must be resident at once, so the launch is cooperative. The semaphore needs no reset: one
-program adds 2^31 - (programs - 1) and the others 1, so that every meeting flips the top bit and
+All of them must be resident at once, so the launch is cooperative. The semaphore needs no reset:
+one program adds 2^31 - (programs - 1) and the others 1, so that every meeting flips the top bit and
 leaves the rest as it was (the barrier of CUDA's cooperative groups).
 """
 

@@ -1,8 +1,8 @@
 """Statistics: mean and centred second moment, never E[x^2] - E[x]^2.
 
 A tile is reduced in two passes over registers; tiles and splits are merged with the formula of
-Chan, Golub and LeVeque (1979). All of it is relative to a pivot, a value of the channel. Sums run in a fixed order, so the same plan gives the same bits
-twice.
+Chan, Golub and LeVeque (1979). All of it is relative to a pivot, a value of the channel. Sums run
+in a fixed order, so the same plan gives the same bits twice.
 """
 
 import triton

@@ -42,6 +42,7 @@ def forward_kernel(
     STREAMED,  # chunks of a program that it reads twice
     GROUPS,  # of channel blocks, one after the other
     KEPT: tl.constexpr,  # chunks of a program that stay in its registers
+    BATCH: tl.constexpr,  # of the others, chunks whose loads are in flight together
     SPLITS: tl.constexpr,  # programs that share a channel block
     CUMULATIVE: tl.constexpr,
     ACT: tl.constexpr,
@@ -61,6 +62,7 @@ def forward_kernel(
     slots = tl.num_programs(0)
     split = tl.program_id(1)
     first = split * (STREAMED + KEPT)
+    kept_from = first + STREAMED
     for group in range(GROUPS):
         c0 = (group * slots + slot) * BLOCK_C
         c = c0 + tl.arange(0, BLOCK_C)
@@ -71,21 +73,31 @@ def forward_kernel(
         pivot = tl.zeros([BLOCK_C], ACC)
         total = tl.zeros([BLOCK_C], ACC)
         m2 = tl.zeros([BLOCK_C], ACC)
-        for chunk in range(first, first + STREAMED):
-            n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P)
-            valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
-            x = tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=valid, other=0.0).to(ACC)
+        for chunk in range(first, kept_from, BATCH):
+            raws = ()
+            for k in tl.static_range(BATCH):
+                n0, p0 = tile.chunk_before(chunk + k, kept_from, N, P, BLOCK_N, BLOCK_P)
+                valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
+                x_at = x_ptr + (n0 * x_n + p0 * x_p) + x_lane
+                raws = raws + (tl.load(x_at, mask=valid, other=0.0),)
             if chunk == first:
-                pivot = moments.pivot(x)
-            size = tile.chunk_size(n0, p0, N, P, BLOCK_N, BLOCK_P).to(ACC)
-            tile_total, tile_m2 = moments.tile_moments(x, pivot, valid, tl.maximum(size, 1.0))
-            count, total, m2 = moments.merge_moments(count, total, m2, size, tile_total, tile_m2)
+                pivot = moments.pivot(raws[0].to(ACC))
+            for k in tl.static_range(BATCH):
+                n0, p0 = tile.chunk_before(chunk + k, kept_from, N, P, BLOCK_N, BLOCK_P)
+                valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
+                size = tile.chunk_size(n0, p0, N, P, BLOCK_N, BLOCK_P).to(ACC)
+                tile_total, tile_m2 = moments.tile_moments(
+                    raws[k].to(ACC), pivot, valid, tl.maximum(size, 1.0)
+                )
+                count, total, m2 = moments.merge_moments(
+                    count, total, m2, size, tile_total, tile_m2
+                )
         xs = ()
         kept = tl.zeros([], ACC)
         kept_total = tl.zeros([BLOCK_C], ACC)
         kept_m2 = tl.zeros([BLOCK_C], ACC)
         for k in tl.static_range(KEPT):
-            n0, p0 = tile.chunk_origin(first + STREAMED + k, P, BLOCK_N, BLOCK_P)
+            n0, p0 = tile.chunk_origin(kept_from + k, P, BLOCK_N, BLOCK_P)
             valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
             xs = xs + (tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=valid, other=0.0),)
             kept += tile.chunk_size(n0, p0, N, P, BLOCK_N, BLOCK_P).to(ACC)
@@ -93,12 +105,12 @@ def forward_kernel(
             if STREAMED == 0:
                 pivot = moments.pivot(xs[0].to(ACC))
         for k in tl.static_range(KEPT):
-            n0, p0 = tile.chunk_origin(first + STREAMED + k, P, BLOCK_N, BLOCK_P)
+            n0, p0 = tile.chunk_origin(kept_from + k, P, BLOCK_N, BLOCK_P)
             valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
             kept_total += tl.sum(tl.where(valid, xs[k].to(ACC) - pivot[:, None], 0.0), 1)
         kept_mean = pivot + kept_total / tl.maximum(kept, 1.0)
         for k in tl.static_range(KEPT):
-            n0, p0 = tile.chunk_origin(first + STREAMED + k, P, BLOCK_N, BLOCK_P)
+            n0, p0 = tile.chunk_origin(kept_from + k, P, BLOCK_N, BLOCK_P)
             valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
             centred = tl.where(valid, xs[k].to(ACC) - kept_mean[:, None], 0.0)
             kept_m2 += tl.sum(centred * centred, 1)
@@ -128,22 +140,28 @@ def forward_kernel(
             )  # fmt: skip
         scale, shift = epilogue.affine_parameters(c, C, rstd, weight_ptr, bias_ptr)
         for k in tl.static_range(KEPT):
-            n0, p0 = tile.chunk_origin(first + STREAMED + k, P, BLOCK_N, BLOCK_P)
+            n0, p0 = tile.chunk_origin(kept_from + k, P, BLOCK_N, BLOCK_P)
             valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
             body.store_output(
                 xs[k].to(ACC), mean, scale, shift, y_ptr, residual_ptr, mask_ptr,
                 n0 * s_n + p0 * s_p, lane, valid, c0, n0, p0, N, C, P,
                 ACT, GATE, A, B, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST,
             )  # fmt: skip
-        for i in range(STREAMED):
-            n0, p0 = tile.chunk_origin(first + STREAMED - 1 - i, P, BLOCK_N, BLOCK_P)
-            valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
-            x = tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=valid, other=0.0).to(ACC)
-            body.store_output(
-                x, mean, scale, shift, y_ptr, residual_ptr, mask_ptr,
-                n0 * s_n + p0 * s_p, lane, valid, c0, n0, p0, N, C, P,
-                ACT, GATE, A, B, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST,
-            )  # fmt: skip
+        for i in range(0, STREAMED, BATCH):
+            raws = ()
+            for k in tl.static_range(BATCH):
+                n0, p0 = tile.chunk_after(kept_from - 1 - i - k, first, N, P, BLOCK_N, BLOCK_P)
+                valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
+                x_at = x_ptr + (n0 * x_n + p0 * x_p) + x_lane
+                raws = raws + (tl.load(x_at, mask=valid, other=0.0),)
+            for k in tl.static_range(BATCH):
+                n0, p0 = tile.chunk_after(kept_from - 1 - i - k, first, N, P, BLOCK_N, BLOCK_P)
+                valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
+                body.store_output(
+                    raws[k].to(ACC), mean, scale, shift, y_ptr, residual_ptr, mask_ptr,
+                    n0 * s_n + p0 * s_p, lane, valid, c0, n0, p0, N, C, P,
+                    ACT, GATE, A, B, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST,
+                )  # fmt: skip
     if counter_ptr is not None:
         if not CUMULATIVE:
             if (slot == 0) & (split == 0):
@@ -175,6 +193,7 @@ def backward_kernel(
     STREAMED,
     GROUPS,
     KEPT: tl.constexpr,
+    BATCH: tl.constexpr,
     SPLITS: tl.constexpr,
     GRADIENT: tl.constexpr,
     GATE: tl.constexpr,
@@ -187,13 +206,15 @@ def backward_kernel(
     BLOCK_P: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
 ):
-    """All gradients; x and g = dy * act' of the kept chunks stay in registers."""
+    """All gradients; of the kept chunks x stays, and dy (or g, as in `resident`)."""
+    KEEP_DY: tl.constexpr = residual_ptr is None and mask_ptr is None and dresidual_ptr is None
     ACC: tl.constexpr = rstd_ptr.dtype.element_ty
     C, P = tile.hint_fast_axis(C, P, VEC, CHANNELS_LAST)
     slot = tl.program_id(0)
     slots = tl.num_programs(0)
     split = tl.program_id(1)
     first = split * (STREAMED + KEPT)
+    kept_from = first + STREAMED
     for group in range(GROUPS):
         c0 = (group * slots + slot) * BLOCK_C
         c = c0 + tl.arange(0, BLOCK_C)
@@ -205,34 +226,46 @@ def backward_kernel(
         scale, shift = epilogue.affine_parameters(c, C, rstd, weight_ptr, bias_ptr)
         sum_g = tl.zeros([BLOCK_C], ACC)
         sum_gx = tl.zeros([BLOCK_C], ACC)
-        for chunk in range(first, first + STREAMED):
-            n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P)
-            valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
-            x = tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=valid, other=0.0).to(ACC)
-            g = body.load_gradient(
-                x, mean, scale, shift, dy_ptr, residual_ptr, mask_ptr, None,
-                n0 * s_n + p0 * s_p, lane, valid, c0, n0, p0, N, C, P,
-                GRADIENT, GATE, GATED, A, B, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST,
-            )  # fmt: skip
-            g = tl.where(valid, g, 0.0)
-            sum_g += tl.sum(g, 1)
-            sum_gx += tl.sum(g * (x - mean[:, None]), 1)
+        for chunk in range(first, kept_from, BATCH):
+            tile_g = tl.zeros([BLOCK_C, BLOCK_N * BLOCK_P], ACC)
+            tile_gx = tl.zeros([BLOCK_C, BLOCK_N * BLOCK_P], ACC)
+            for k in tl.static_range(BATCH):
+                n0, p0 = tile.chunk_before(chunk + k, kept_from, N, P, BLOCK_N, BLOCK_P)
+                valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
+                x_at = x_ptr + (n0 * x_n + p0 * x_p) + x_lane
+                x = tl.load(x_at, mask=valid, other=0.0).to(ACC)
+                g = body.load_gradient(
+                    x, mean, scale, shift, dy_ptr, residual_ptr, mask_ptr, None,
+                    n0 * s_n + p0 * s_p, lane, valid, c0, n0, p0, N, C, P,
+                    GRADIENT, GATE, GATED, A, B, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST,
+                )  # fmt: skip
+                g = tl.where(valid, g, 0.0)
+                tile_g += g
+                tile_gx += g * (x - mean[:, None])
+            sum_g += tl.sum(tile_g, 1)
+            sum_gx += tl.sum(tile_gx, 1)
         xs = ()
         gs = ()
         for k in tl.static_range(KEPT):
-            n0, p0 = tile.chunk_origin(first + STREAMED + k, P, BLOCK_N, BLOCK_P)
+            n0, p0 = tile.chunk_origin(kept_from + k, P, BLOCK_N, BLOCK_P)
             valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
             raw = tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=valid, other=0.0)
-            g = body.load_gradient(
-                raw.to(ACC), mean, scale, shift, dy_ptr, residual_ptr, mask_ptr, dresidual_ptr,
-                n0 * s_n + p0 * s_p, lane, valid, c0, n0, p0, N, C, P,
-                GRADIENT, GATE, GATED, A, B, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST,
-            )  # fmt: skip
+            x = raw.to(ACC)
+            if KEEP_DY:
+                dy = tl.load(dy_ptr + (n0 * s_n + p0 * s_p) + lane, mask=valid, other=0.0)
+                g = body.gradient(x, dy.to(ACC), mean, scale, shift, GRADIENT, GATE, GATED, A, B)
+                gs = gs + (dy,)
+            else:
+                g = body.load_gradient(
+                    x, mean, scale, shift, dy_ptr, residual_ptr, mask_ptr, dresidual_ptr,
+                    n0 * s_n + p0 * s_p, lane, valid, c0, n0, p0, N, C, P,
+                    GRADIENT, GATE, GATED, A, B, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST,
+                )  # fmt: skip
+                gs = gs + (g,)
             g = tl.where(valid, g, 0.0)
             sum_g += tl.sum(g, 1)
-            sum_gx += tl.sum(g * (raw.to(ACC) - mean[:, None]), 1)
+            sum_gx += tl.sum(g * (x - mean[:, None]), 1)
             xs = xs + (raw,)
-            gs = gs + (g,)
         plane = SPLITS * slots * BLOCK_C
         at = partial_ptr + (group % 2) * 2 * plane + slot * BLOCK_C + tl.arange(0, BLOCK_C)
         row = at + split * slots * BLOCK_C
@@ -251,13 +284,17 @@ def backward_kernel(
         mean_g = sum_g / total
         slope = sum_gx / total * rstd * rstd
         for k in tl.static_range(KEPT):
-            n0, p0 = tile.chunk_origin(first + STREAMED + k, P, BLOCK_N, BLOCK_P)
+            n0, p0 = tile.chunk_origin(kept_from + k, P, BLOCK_N, BLOCK_P)
             valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
-            dx = body.input_gradient(gs[k], xs[k].to(ACC), mean, mean_g, slope, scale)
+            x = xs[k].to(ACC)
+            g = gs[k].to(ACC)
+            if KEEP_DY:
+                g = body.gradient(x, g, mean, scale, shift, GRADIENT, GATE, GATED, A, B)
+            dx = body.input_gradient(g, x, mean, mean_g, slope, scale)
             base = n0 * s_n + p0 * s_p
             tl.store(dx_ptr + base + lane, dx.to(dx_ptr.dtype.element_ty), mask=valid)
         for i in range(STREAMED):
-            n0, p0 = tile.chunk_origin(first + STREAMED - 1 - i, P, BLOCK_N, BLOCK_P)
+            n0, p0 = tile.chunk_origin(kept_from - 1 - i, P, BLOCK_N, BLOCK_P)
             valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
             x = tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=valid, other=0.0).to(ACC)
             g = body.load_gradient(

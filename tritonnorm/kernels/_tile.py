@@ -29,6 +29,20 @@ def chunk_origin(chunk, P, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr):
 
 
 @triton.jit
+def chunk_before(chunk, end, N, P, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr):
+    """The origin of a chunk, or one without any element from `end` on."""
+    n0, p0 = chunk_origin(chunk, P, BLOCK_N, BLOCK_P)
+    return tl.where(chunk < end, n0, N), p0
+
+
+@triton.jit
+def chunk_after(chunk, first, N, P, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr):
+    """The origin of a chunk, or one without any element before `first`."""
+    n0, p0 = chunk_origin(tl.maximum(chunk, 0), P, BLOCK_N, BLOCK_P)
+    return tl.where(chunk >= first, n0, N), p0
+
+
+@triton.jit
 def chunk_size(n0, p0, N, P, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr):
     """Elements of a channel that a chunk covers; 0 beyond the last."""
     samples = tl.maximum(tl.minimum(N - n0, BLOCK_N), 0)

@@ -204,6 +204,19 @@ def x_strides(problem: Problem) -> tuple[int | None, int | None, int | None]:
     return problem.view.strides or (None, None, None)
 
 
+def registers_kept(problem: Problem) -> float:
+    """32-bit registers of an element that stays in a program: x, and in backward dy, both as they
+    are.
+
+    Where the gradient g at the pre-activation depends on more than those two, g stays, and not dy.
+    """
+    own = problem.dtype.itemsize / 4
+    if problem.direction == "forward":
+        return own
+    more = problem.mask or problem.reads_residual or problem.needs_dresidual
+    return own + (problem.accumulator.itemsize / 4 if more else own)
+
+
 def advance_counter(a: ForwardArguments) -> bool:
     """Whether the running averages are cumulative (momentum None); if so the counter moves before
     the launch.
@@ -292,7 +305,16 @@ class Launch:
             compiled[self._grid](*tensors, *self._tail)
 
     def _by_triton(self, tensors: tuple[Any, ...]) -> Any:
-        return self._kernel[self._grid](*tensors, *self._sizes, **self._options)
+        options = self._options
+        if "launch_cooperative_grid" in options and isinstance(self._kernel, JITFunction):
+            if driver.active.get_current_target().backend == "cuda":
+                options = {**options, "maxnreg": MOST_REGISTERS}
+        return self._kernel[self._grid](*tensors, *self._sizes, **options)
+
+
+# Of a thread, where programs must fit together. Asked for by name, as ptxas would rather spill a
+# few registers to fit a third program on a multiprocessor (BN+gelu, float16 NCHW, sm_80 and sm_100).
+MOST_REGISTERS = 255
 
 
 def _refuse_one_after_another() -> None:

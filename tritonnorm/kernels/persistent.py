@@ -7,6 +7,7 @@ after the other, and each set of programs goes on to its next block without wait
 sets. Forward moves 2S and backward 3S as far as a group fits in registers and L2.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,18 +28,27 @@ from .base import (
     cdiv,
     power_of_two_blocks,
     predicted_seconds,
+    registers_kept,
     x_strides,
 )
 
-# Warps of a program. With 8 warps of up to 255 registers a thread (256 on CDNA, where a wavefront
-# has 64 lanes) one program fills a multiprocessor, so one on each is always co-resident.
-WARPS = 8
-# 32-bit registers a thread may spend on what it keeps: the rest is for addresses and reductions.
-# The compile audit finds no spill with them. With 48 it does on sm_80 (BN+add+relu, bf16 NHWC) and
-# on sm_100 (the backward of BN+add+silu, bf16 NCHW), with 48 on gfx942, where a program has twice
-# the threads.
-PAYLOAD = {"sm": 40, "gfx": 24}
-TILE = 4096  # elements of a chunk: two 16-byte accesses of 16-bit data for every thread
+# Warps of a program -> programs on a multiprocessor. At up to 255 registers a thread (256 on CDNA,
+# where a wavefront has 64 lanes) 8 warps fill its register file, so these are always co-resident.
+# Where there is more than one, others work while one waits.
+WARPS = {8: 1, 4: 2}
+# 32-bit registers a thread may spend on what it keeps, by the start of the architecture: the rest
+# is for addresses, reductions and loads on their way. The compile audit finds no spill with them, and
+# does with 36 on sm_80 (BN+add+relu, bf16 NHWC), with 40 on sm_100 (the backward of BN+silu), with
+# 48 on gfx942, where a program has twice the threads.
+PAYLOAD = {"sm_8": 28, "sm_": 36, "gfx": 24}
+TILE = 512  # elements of a chunk for each warp: two 16-byte accesses of 16-bit data a thread
+# Bytes of x in a batch for each element of a chunk: with 16-bit data four chunks are loaded before
+# the first is used. By Little's law a multiprocessor of an H200 needs 4.8 TB/s / 132 times about
+# 0.8 microseconds = 29 KB on their way; four chunks of 8 warps are 32 KB.
+BATCH_BYTES = 8
+# Rows of moments that a program reads at a meeting, for each warp: four registers a thread of each
+# quantity and 16 channels.
+MOST_SPLITS = 32
 # Estimates, to be measured: how long a meeting takes (two trips to the L2 cache and the wait for
 # the slowest), and which share of the L2 cache a group may count on beside what is written.
 MEETING_SECONDS = 2e-6
@@ -56,9 +66,9 @@ class Persistent:
             return "the statistics are given"
         if not problem.sums or (problem.direction == "backward" and not problem.needs_dx):
             return "there is no second pass over the data"
-        if device.arch == "interpreter":
+        if not device.arch.startswith(tuple(PAYLOAD)):
             return "programs that meet cannot run one after another"
-        if device.sms < 2 or self._tiling(problem, 16).chunks(problem) < 2:
+        if device.sms < 2 or self._tiling(problem, 16, 8).chunks(problem) < 2:
             return "a channel block has one chunk only"
         return None
 
@@ -68,13 +78,14 @@ class Persistent:
     def configs(self, problem: Problem, device: Device) -> list[Config]:
         """Every width of channel blocks with every number of them at once, the best first."""
         found = []
-        for width in (16, 32, 64) if problem.view.channels_last else (1,):
-            tiling = self._tiling(problem, width)
+        widths = (16, 32, 64) if problem.view.channels_last else (1,)
+        for width, (warps, each) in itertools.product(widths, WARPS.items()):
+            tiling = self._tiling(problem, width, warps)
             blocks, chunks = tiling.channel_blocks(problem), tiling.chunks(problem)
-            at_once = 1
-            while at_once < 2 * blocks and at_once <= min(device.sms // 2, MOST_BLOCKS):
+            programs, at_once = device.sms * each, 1
+            while at_once < 2 * blocks and at_once <= min(programs // 2, MOST_BLOCKS):
                 sets = min(at_once, blocks)
-                splits = min(device.sms // sets, chunks)
+                splits = min(programs // sets, chunks, MOST_SPLITS * warps)
                 if splits >= 2:
                     found.append(self._filled(problem, device, tiling, sets, splits))
                 at_once *= 2
@@ -98,9 +109,11 @@ class Persistent:
         once = minimum_bytes(problem)
         again = self.model_bytes(problem, config) - once
         missed = max(0.0, again - groups * L2_SHARE * device.l2_bytes)
+        each = WARPS.get(config.num_warps, 1)
         programs = config.at_once * config.splits
-        seconds = predicted_seconds(device, once + missed, programs, launches=1)
-        return seconds + groups * MEETING_SECONDS
+        seconds = predicted_seconds(device, once + missed, programs, 1, programs_per_sm=each)
+        # While one program of a multiprocessor waits the others go on; the last wait is exposed.
+        return seconds + MEETING_SECONDS * (groups if each == 1 else 1 + (groups - 1) / each)
 
     def _streamed(self, problem: Problem, config: Config, length: int, block: int) -> int:
         """Of a channel's [N, length] in blocks of `block`, what its programs read twice."""
@@ -117,32 +130,31 @@ class Persistent:
         starts = range(0, own * config.splits, own)
         return sum(before(first + own - config.kept) - before(first) for first in starts)
 
-    def _tiling(self, problem: Problem, width: int) -> Config:
-        """Chunks of `TILE` elements, `width` channels wide where the channels are contiguous."""
-        view = problem.view
+    def _tiling(self, problem: Problem, width: int, warps: int) -> Config:
+        """Chunks of `TILE` elements a warp, `width` channels wide where channels are contiguous."""
+        view, elements = problem.view, TILE * warps
         bits = 8 if problem.mask else 1
         if view.channels_last:
             block_c = max(bits, width)
-            block_p = power_of_two_blocks(view.p, TILE // block_c, TILE // block_c // 4)
-            return Config(block_c, 1, block_p, num_warps=WARPS)
-        block_p = max(bits, power_of_two_blocks(view.p, TILE, 64))
-        block_n = power_of_two_blocks(view.n, max(1, TILE // block_p), 1)
-        return Config(1, block_n, block_p, num_warps=WARPS)
+            most = elements // block_c
+            block_p = power_of_two_blocks(view.p, most, max(1, most // 4))
+            return Config(block_c, 1, block_p, num_warps=warps)
+        block_p = max(bits, power_of_two_blocks(view.p, elements, 64))
+        block_n = power_of_two_blocks(view.n, max(1, elements // block_p), 1)
+        return Config(1, block_n, block_p, num_warps=warps)
 
     def _filled(
         self, problem: Problem, device: Device, tiling: Config, sets: int, splits: int
     ) -> Config:
         """As many chunks kept as the registers hold, and no program without chunks."""
         own = cdiv(tiling.chunks(problem), splits)
-        words = problem.dtype.itemsize / 4  # of an element: x, and in backward its gradient
-        if problem.direction == "backward":
-            words += problem.accumulator.itemsize / 4
-        payload = PAYLOAD["gfx" if device.arch.startswith("gfx") else "sm"]
-        room = int(payload * WARPS * device.warp / (words * tiling.tile))
+        payload = next(most for arch, most in PAYLOAD.items() if device.arch.startswith(arch))
+        threads = tiling.num_warps * device.warp
+        room = int(payload * threads / (registers_kept(problem) * tiling.tile))
         return Config(
             *(tiling.block_c, tiling.block_n, tiling.block_p),
             splits=cdiv(tiling.chunks(problem), own),
-            num_warps=WARPS,
+            num_warps=tiling.num_warps,
             kept=min(own, room),
             at_once=sets,
         )
@@ -186,6 +198,7 @@ class Persistent:
         view = problem.view
         streamed = cdiv(config.chunks(problem), config.splits) - config.kept
         groups = cdiv(config.channel_blocks(problem), config.at_once)
+        tensors = 1 if problem.direction == "forward" else 2
         return Launch(
             kernel,
             (config.at_once, config.splits),
@@ -194,6 +207,7 @@ class Persistent:
             cooperative=True,
             **meta,
             KEPT=config.kept,
+            BATCH=max(1, BATCH_BYTES // problem.dtype.itemsize // tensors),
             SPLITS=config.splits,
             **config.geometry(problem),
         )

@@ -28,6 +28,7 @@ from .base import (
     next_power_of_2,
     power_of_two_blocks,
     predicted_seconds,
+    registers_kept,
     x_strides,
 )
 
@@ -147,8 +148,9 @@ def backward_kernel(
     BLOCK_P: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
 ):
-    """All gradients of one channel block; x and g = dy * act' stay in registers, in the dtype of
-    x."""
+    """All gradients of one channel block; x stays in registers, and dy (or g, where it depends on
+    more than x and dy)."""
+    KEEP_DY: tl.constexpr = residual_ptr is None and mask_ptr is None and dresidual_ptr is None
     ACC: tl.constexpr = rstd_ptr.dtype.element_ty
     C, P = tile.hint_fast_axis(C, P, VEC, CHANNELS_LAST)
     c0 = tl.program_id(0) * BLOCK_C
@@ -169,16 +171,21 @@ def backward_kernel(
         base = n0 * s_n + p0 * s_p
         raw = tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=valid, other=0.0)
         x = raw.to(ACC)
-        g = body.load_gradient(
-            x, mean, scale, shift, dy_ptr, residual_ptr, mask_ptr, dresidual_ptr,
-            base, lane, valid, c0, n0, p0, N, C, P,
-            GRADIENT, GATE, GATED, A, B, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST,
-        )  # fmt: skip
+        if KEEP_DY:
+            dy = tl.load(dy_ptr + base + lane, mask=valid, other=0.0)
+            g = body.gradient(x, dy.to(ACC), mean, scale, shift, GRADIENT, GATE, GATED, A, B)
+            gs = gs + (dy,)
+        else:
+            g = body.load_gradient(
+                x, mean, scale, shift, dy_ptr, residual_ptr, mask_ptr, dresidual_ptr,
+                base, lane, valid, c0, n0, p0, N, C, P,
+                GRADIENT, GATE, GATED, A, B, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST,
+            )  # fmt: skip
+            gs = gs + (g,)
         g = tl.where(valid, g, 0.0)
         sum_g += tl.sum(g, 1)
         sum_gx += tl.sum(g * (x - mean[:, None]), 1)
         xs = xs + (raw,)
-        gs = gs + (g,)
     if dbias_ptr is not None:
         tl.store(dbias_ptr + c, sum_g.to(dbias_ptr.dtype.element_ty), mask=c < C)
     if dweight_ptr is not None:
@@ -192,15 +199,11 @@ def backward_kernel(
             valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
             base = n0 * s_n + p0 * s_p
             x = xs[chunk].to(ACC)
-            dx = body.input_gradient(gs[chunk], x, mean, mean_g, slope, scale)
+            g = gs[chunk].to(ACC)
+            if KEEP_DY:
+                g = body.gradient(x, g, mean, scale, shift, GRADIENT, GATE, GATED, A, B)
+            dx = body.input_gradient(g, x, mean, mean_g, slope, scale)
             tl.store(dx_ptr + base + lane, dx.to(dx_ptr.dtype.element_ty), mask=valid)
-
-
-def registers_kept(problem: Problem) -> float:
-    """32-bit registers that one element occupies: x as it is, and in backward the gradient g as
-    well."""
-    own = problem.dtype.itemsize / 4
-    return own if problem.direction == "forward" else own + problem.accumulator.itemsize / 4
 
 
 class Resident:
