@@ -56,6 +56,7 @@ def choose(
     device: Device,
     tables: Sequence[Table] = (),
     forced: Forced | None = None,
+    deterministic: bool = False,
 ) -> Plan:
     """Choose how to compute a problem on a device.
 
@@ -64,6 +65,7 @@ def choose(
         device: where; any description will do, no GPU is needed.
         tables: tuned results, the most trusted first.
         forced: a decision that overrules them, where it can compute the problem.
+        deterministic: leave the tables out. Another split rounds otherwise, and a table grows.
 
     Raises:
         ValueError: ``forced.algorithm`` is not an algorithm.
@@ -77,7 +79,7 @@ def choose(
         if algorithm.supports(problem, device) is None:
             config = forced.config or algorithm.heuristic(problem, device)
             return Plan(algorithm.name, config, "forced")
-    for table in tables:
+    for table in () if deterministic else tables:
         found = table.lookup(problem, device)
         if found is not None and BY_NAME[found[0]].supports(problem, device) is None:
             return Plan(*found, table.name)

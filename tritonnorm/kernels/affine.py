@@ -46,6 +46,9 @@ class Affine:
     def model_bytes(self, problem: Problem, config: Config) -> int:
         return minimum_bytes(problem)
 
+    def dram_bytes(self, problem: Problem, config: Config, device: Device) -> float:
+        return minimum_bytes(problem)
+
     def predict(self, problem: Problem, config: Config, device: Device) -> float:
         programs = config.channel_blocks(problem) * splits_for(config, problem)[0]
         launches = 2 if problem.direction == "backward" and problem.needs_dparams else 1

@@ -166,6 +166,10 @@ class Algorithm(Protocol):
     def model_bytes(self, problem: Problem, config: Config) -> int:
         """The bytes of activations (and mask) that the kernels load and store, to the byte."""
 
+    def dram_bytes(self, problem: Problem, config: Config, device: Device) -> float:
+        """Those of them that should go through DRAM: without what is read again from the L2
+        cache."""
+
     def predict(self, problem: Problem, config: Config, device: Device) -> float:
         """Seconds that the launches should take: what the formula compares, and what a tuner may
         check."""
@@ -186,6 +190,9 @@ class Algorithm(Protocol):
 # published host times of a launch are 2.2 (compiled handle) to 11 microseconds (JIT) (tritonbench
 # issue 1002).
 LAUNCH_SECONDS = 3e-6
+# The share of the L2 cache that a second read may count on, beside what is written at the same
+# time. An estimate, to be measured.
+L2_SHARE = 0.5
 DEFAULT_BANDWIDTH = 1e12  # where a device does not tell its own; only ratios matter then
 
 
@@ -313,7 +320,7 @@ class Launch:
 
 
 # Of a thread, where programs must fit together. Asked for by name, as ptxas would rather spill a
-# few registers to fit a third program on a multiprocessor (BN+gelu, float16 NCHW, sm_80 and sm_100).
+# few registers to fit a third program on a multiprocessor (BN+gelu, fp16 NCHW, sm_80 and sm_100).
 MOST_REGISTERS = 255
 
 

@@ -19,6 +19,7 @@ from tritonnorm.problem import Problem, minimum_bytes
 
 from . import _persistent as kernels
 from .base import (
+    L2_SHARE,
     BackwardArguments,
     Config,
     EpilogueArguments,
@@ -37,9 +38,9 @@ from .base import (
 # Where there is more than one, others work while one waits.
 WARPS = {8: 1, 4: 2}
 # 32-bit registers a thread may spend on what it keeps, by the start of the architecture: the rest
-# is for addresses, reductions and loads on their way. The compile audit finds no spill with them, and
-# does with 36 on sm_80 (BN+add+relu, bf16 NHWC), with 40 on sm_100 (the backward of BN+silu), with
-# 48 on gfx942, where a program has twice the threads.
+# is for addresses, reductions and loads on their way. The compile audit finds no spill with them,
+# and does with 36 on sm_80 (BN+add+relu, bf16 NHWC), with 40 on sm_100 (the backward of BN+silu),
+# with 48 on gfx942, where a program has twice the threads.
 PAYLOAD = {"sm_8": 28, "sm_": 36, "gfx": 24}
 TILE = 512  # elements of a chunk for each warp: two 16-byte accesses of 16-bit data a thread
 # Bytes of x in a batch for each element of a chunk: with 16-bit data four chunks are loaded before
@@ -49,10 +50,9 @@ BATCH_BYTES = 8
 # Rows of moments that a program reads at a meeting, for each warp: four registers a thread of each
 # quantity and 16 channels.
 MOST_SPLITS = 32
-# Estimates, to be measured: how long a meeting takes (two trips to the L2 cache and the wait for
-# the slowest), and which share of the L2 cache a group may count on beside what is written.
+# How long a meeting takes: two trips to the L2 cache and the wait for the slowest. An estimate, to
+# be measured.
 MEETING_SECONDS = 2e-6
-L2_SHARE = 0.5
 MOST_BLOCKS = 1024  # channel blocks at once: semaphores of a stream
 
 
@@ -104,16 +104,21 @@ class Persistent:
                 again += self._streamed(problem, config, bits, block) * view.c
         return minimum_bytes(problem) + again
 
-    def predict(self, problem: Problem, config: Config, device: Device) -> float:
+    def dram_bytes(self, problem: Problem, config: Config, device: Device) -> float:
+        """The blocks of a group that are worked on together share the L2 cache."""
         groups = cdiv(config.channel_blocks(problem), config.at_once)
         once = minimum_bytes(problem)
         again = self.model_bytes(problem, config) - once
-        missed = max(0.0, again - groups * L2_SHARE * device.l2_bytes)
+        return once + max(0.0, again - groups * L2_SHARE * device.l2_bytes)
+
+    def predict(self, problem: Problem, config: Config, device: Device) -> float:
+        groups = cdiv(config.channel_blocks(problem), config.at_once)
         each = WARPS.get(config.num_warps, 1)
         programs = config.at_once * config.splits
-        seconds = predicted_seconds(device, once + missed, programs, 1, programs_per_sm=each)
+        moved = self.dram_bytes(problem, config, device)
+        seconds = predicted_seconds(device, moved, programs, 1, programs_per_sm=each)
         # While one program of a multiprocessor waits the others go on; the last wait is exposed.
-        return seconds + MEETING_SECONDS * (groups if each == 1 else 1 + (groups - 1) / each)
+        return seconds + MEETING_SECONDS * (1 + (groups - 1) / each)
 
     def _streamed(self, problem: Problem, config: Config, length: int, block: int) -> int:
         """Of a channel's [N, length] in blocks of `block`, what its programs read twice."""

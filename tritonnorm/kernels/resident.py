@@ -236,6 +236,9 @@ class Resident:
     def model_bytes(self, problem: Problem, config: Config) -> int:
         return minimum_bytes(problem)
 
+    def dram_bytes(self, problem: Problem, config: Config, device: Device) -> float:
+        return minimum_bytes(problem)
+
     def predict(self, problem: Problem, config: Config, device: Device) -> float:
         return predicted_seconds(
             device, minimum_bytes(problem), config.channel_blocks(problem), launches=1

@@ -18,6 +18,7 @@ from tritonnorm.problem import Problem, minimum_bytes
 from . import _moments as moments
 from . import _tile as tile
 from .base import (
+    L2_SHARE,
     BackwardArguments,
     Config,
     EpilogueArguments,
@@ -162,13 +163,16 @@ class Split:
             second -= problem.bytes  # writing dresidual alone does not read x again
         return reads + second
 
-    def predict(self, problem: Problem, config: Config, device: Device) -> float:
-        """What the second pass reads again comes from the L2 cache as far as it fits there."""
-        programs = config.channel_blocks(problem) * splits_for(config, problem)[0]
+    def dram_bytes(self, problem: Problem, config: Config, device: Device) -> float:
+        """The second pass begins with what the first read last."""
         once = minimum_bytes(problem)
         again = self.model_bytes(problem, config) - once
-        dram = once + max(0, again - device.l2_bytes)
-        return predicted_seconds(device, dram, programs, launches=3)
+        return once + max(0.0, again - L2_SHARE * device.l2_bytes)
+
+    def predict(self, problem: Problem, config: Config, device: Device) -> float:
+        programs = config.channel_blocks(problem) * splits_for(config, problem)[0]
+        moved = self.dram_bytes(problem, config, device)
+        return predicted_seconds(device, moved, programs, launches=3)
 
     def forward(
         self, problem: Problem, config: Config, epilogue: EpilogueArguments

@@ -33,6 +33,9 @@ from .base import (
 # on sm_100 (4), with 2048 still 4 on sm_100.
 TILE = 4096
 TILE_FLOAT64 = 1024
+# A smooth activation needs more registers, its derivative most: with 4096 triton 3.6 spills a few
+# (mish in fp32 on sm_100 both ways, the backward of gelu in fp16 on sm_80).
+TILE_SMOOTH = 2048
 # Programs per multiprocessor a launch should have. The compile audit finds 48 to 128 registers a
 # thread, so 4 to 10 programs of 4 warps are resident at once; more splits would only lengthen the
 # combine.
@@ -234,7 +237,10 @@ def splits_for(config: Config, problem: Problem) -> tuple[int, int, int]:
 
 def tile_elements(problem: Problem) -> int:
     """Elements of the tile that the formula takes."""
-    return TILE_FLOAT64 if problem.accumulator == torch.float64 else TILE
+    if problem.accumulator == torch.float64:
+        return TILE_FLOAT64
+    many = problem.direction == "backward" or problem.dtype.itemsize > 2
+    return TILE_SMOOTH if many and problem.activity == "smooth" else TILE
 
 
 def streaming_config(problem: Problem, device: Device) -> Config:
