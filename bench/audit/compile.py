@@ -43,6 +43,7 @@ class CompileCase:
         every_config: all configurations of the algorithm, else the formula's.
         disassemble: take the widths of loads and stores from machine code, not from PTX: a second a
             kernel.
+        directions: those to report; the algorithm must support them.
     """
 
     call: Call
@@ -50,6 +51,7 @@ class CompileCase:
     target: str
     every_config: bool = True
     disassemble: bool = False
+    directions: tuple[Direction, ...] = DIRECTIONS
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,9 @@ def audit(case: CompileCase) -> list[CompileRow]:
     seen: set[int] = set()
     y: torch.Tensor | None = None
     with simulated(device), fake_driver(target, multiprocessors=device.sms) as log:
-        for direction in DIRECTIONS:
+        if case.directions == ("backward",):
+            y = tensors.forward()
+        for direction in case.directions:
             for config in _configs(case, direction):
                 log.launches.clear()
                 with force_plan(case.algorithm, config):

@@ -47,9 +47,9 @@ TILE = 512  # elements of a chunk for each warp: two 16-byte accesses of 16-bit 
 # the first is used. By Little's law a multiprocessor of an H200 needs 4.8 TB/s / 132 times about
 # 0.8 microseconds = 29 KB on their way; four chunks of 8 warps are 32 KB.
 BATCH_BYTES = 8
-# Rows of moments that a program reads at a meeting, for each warp: four registers a thread of each
-# quantity and 16 channels.
-MOST_SPLITS = 32
+# Values of each quantity that a program reads at a meeting, for each warp: 16 registers a thread.
+# With 64 channels and 126 splits (64 registers) the compile audit finds 126 spills.
+MEETING_VALUES = 512
 # How long a meeting takes: two trips to the L2 cache and the wait for the slowest. An estimate, to
 # be measured.
 MEETING_SECONDS = 2e-6
@@ -85,7 +85,8 @@ class Persistent:
             programs, at_once = device.sms * each, 1
             while at_once < 2 * blocks and at_once <= min(programs // 2, MOST_BLOCKS):
                 sets = min(at_once, blocks)
-                splits = min(programs // sets, chunks, MOST_SPLITS * warps)
+                readable = MEETING_VALUES * warps // max(16, tiling.block_c)
+                splits = min(programs // sets, chunks, readable)
                 if splits >= 2:
                     found.append(self._filled(problem, device, tiling, sets, splits))
                 at_once *= 2
