@@ -44,7 +44,7 @@ ROOMS = (
     Room("kernels", ours=(*PURE_LEAVES, "kernels.*"), without=("os",)),
     Room(
         "kernels.*",
-        ours=(*PURE_LEAVES, "kernels._*", "kernels.base", "kernels.streaming"),
+        ours=(*PURE_LEAVES, "kernels._*", "kernels.base", "kernels.tiling", "kernels.streaming"),
         theirs=("torch", "triton"),
         without=("os",),
     ),

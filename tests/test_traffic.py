@@ -142,6 +142,19 @@ def test_only_the_gradients_asked_for(algorithm: str, needs: str, kind: dict) ->
     check(call, algorithm)
 
 
+@pytest.mark.parametrize("shape", [(33, 16, 7, 7), (3, 16, 7, 7), (33, 8, 5, 3)], ids=str)
+@pytest.mark.parametrize("kind", [BN, {"activation": "silu"}, BN_ADD_SMOOTH], ids=str)
+def test_tiny_planes_are_read_as_rows(shape: tuple, kind: dict) -> None:
+    """Given statistics: 16 elements divide a row of planes where none divides a plane."""
+    call = Call(shape, training=False, **kind)
+    problem = call.problem("forward")
+    assert problem.vector == 1 and problem.flat.vector >= 8
+    assert problem.plane == shape[2] * shape[3] == problem.flat.view.c // shape[1]
+    check(call, "affine")
+    masked = Call(shape, training=False, **BN_ADD_ACT).problem("forward")
+    assert masked.flat is masked  # its mask packs planes
+
+
 def test_what_is_counted_where() -> None:
     """By tensor, and apart from it what is per channel."""
     call = Call((2, 16, 4, 4), dtype=torch.float32, **BN_ADD_ACT)

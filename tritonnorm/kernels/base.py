@@ -342,38 +342,3 @@ _compiled: defaultdict[int, dict[tuple[Any, ...], Any]] = defaultdict(dict)
 def forget_compiled(device: int) -> None:
     """Let go of what was compiled for a device: its driver ends."""
     _compiled.pop(device, None)
-
-
-def power_of_two_blocks(extent: int, limit: int, floor: int) -> int:
-    """The power of two between `floor` and `limit` that covers an extent with the least padding.
-
-    Never longer than the extent needs. Padding wastes issue slots, not bandwidth, so up to 1/16
-    more of it is accepted for a larger block.
-    """
-    best = min(limit, next_power_of_2(extent))
-    floor = min(floor, best)
-    candidates = [best]
-    while candidates[-1] > floor:
-        candidates.append(candidates[-1] // 2)
-    padded = [cdiv(extent, b) * b for b in candidates]
-    least = min(padded)
-    return next(
-        b for b, size in zip(candidates, padded, strict=True) if size <= least + least // 16
-    )
-
-
-def tile_shape(problem: Problem, elements: int, max_block_c: int) -> tuple[int, int, int]:
-    """A tile ``(block_c, block_n, block_p)`` of about `elements` that keeps contiguous runs long.
-
-    Channels last: channels first, up to `max_block_c`, then positions. Otherwise one channel,
-    positions first (at least 64, or the whole plane: 128 bytes of 16-bit data, a cache line), then
-    samples.
-    """
-    view = problem.view
-    bits = 8 if problem.mask else 1  # a mask packs eight neighbours of the contiguous axis
-    if view.channels_last:
-        block_c = min(max(bits, next_power_of_2(view.c)), max_block_c)
-        return block_c, 1, min(next_power_of_2(view.p), max(1, elements // block_c))
-    floor = min(64, next_power_of_2(view.p))
-    block_p = max(bits, power_of_two_blocks(view.p, elements, floor))
-    return 1, min(next_power_of_2(view.n), max(1, elements // block_p)), block_p

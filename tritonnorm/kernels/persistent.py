@@ -27,11 +27,11 @@ from .base import (
     Launch,
     advance_counter,
     cdiv,
-    power_of_two_blocks,
     predicted_seconds,
     registers_kept,
     x_strides,
 )
+from .tiling import power_of_two_blocks
 
 # Warps of a program -> programs on a multiprocessor. At up to 255 registers a thread (256 on CDNA,
 # where a wavefront has 64 lanes) 8 warps fill its register file, so these are always co-resident.

@@ -26,11 +26,11 @@ from .base import (
     Launch,
     advance_counter,
     next_power_of_2,
-    power_of_two_blocks,
     predicted_seconds,
     registers_kept,
     x_strides,
 )
+from .tiling import power_of_two_blocks
 
 # Warps of a program -> 32-bit registers a thread may spend on the tensors it keeps; the rest is for
 # addresses and reductions. The compile audit shows no spill within them on sm_80, sm_90, sm_100 and

@@ -35,10 +35,8 @@ from .streaming import (
     gradient_launch,
     over_chunks,
     partial_sums,
-    splits_for,
-    streaming_candidates,
-    streaming_config,
 )
+from .tiling import splits_for, streaming_candidates, streaming_config
 
 
 @triton.jit(do_not_specialize=["PER_SPLIT", "CHUNKS"])
