@@ -40,6 +40,7 @@ ROOMS = (
     *(Room(leaf, ours=()) for leaf in LEAVES),
     Room("kernels._body", ours=("kernels._tile", "kernels._epilogue"), theirs=("triton",)),
     Room("kernels._persistent", ours=("kernels._*",), theirs=("triton",), without=("os",)),
+    Room("kernels._resident", ours=("kernels._*",), theirs=("triton",), without=("os",)),
     Room("kernels._*", ours=(), theirs=("triton",), without=("os",)),
     Room("kernels", ours=(*PURE_LEAVES, "kernels.*"), without=("os",)),
     Room(

@@ -147,16 +147,17 @@ class Problem:
         """Positions of a plane that `flat` merges with the channels; 1 where it merges nothing."""
         view = self.view
         columns = view.c * view.p
-        if self.batch_statistics or self.mask or view.channels_last or view.strides is not None:
+        if self.mask or view.channels_last or view.strides is not None:
             return 1
-        if self.direction == "backward" and self.needs_dparams and view.n < FEW_ROWS:
+        sums = self.direction == "backward" and self.needs_dparams
+        if sums and not self.batch_statistics and view.n < FEW_ROWS:
             return 1
         wider = min(16, columns & -columns) > self.vector and self.vector * self.dtype.itemsize < 16
         return view.p if wider else 1
 
     @property
     def flat(self) -> Problem:
-        """The same with given statistics as rows of C * P columns, each with a channel's values.
+        """The same as rows of C * P columns, each with values of one channel.
 
         A plane of 7 by 7 allows single elements, a row of 512 such planes 128 bits. Only where that
         widens accesses (`plane`); a mask packs planes, so there is none.

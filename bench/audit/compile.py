@@ -143,6 +143,8 @@ def cases(quick: bool = False) -> list[CompileCase]:
         (Call((64, 64, 7, 7), False, **fused), "split"),  # one
         (Call((64, 64, 7, 7), False, **fused), "resident"),
         (Call((64, 64, 7, 7), False, activation="silu", training=False), "affine"),  # flat
+        (Call((32, 2048, 7, 7), False, activation="relu"), "resident"),  # flat
+        (Call((64, 1024, 14, 14), False, activation="silu"), "resident"),  # flat
         (Call((32, 36, 28, 28), True, **fused), "split"),
         (Call((256, 1024), False, **fused), "resident"),  # (N, C) input
     ]
@@ -157,8 +159,8 @@ def cases(quick: bool = False) -> list[CompileCase]:
 def expected_width(case: CompileCase, direction: Direction, config: Config) -> int:
     """Bits that an access can have: by what divides the contiguous axis, and a thread's share."""
     problem = case.call.problem(direction)
-    if case.algorithm == "affine":
-        problem = problem.flat
+    if case.algorithm == "affine" or (case.algorithm == "resident" and config.block_c > 1):
+        problem = problem.flat  # the same problem where it is not one of tiny planes
     device = KNOWN[GPUS[case.target]]
     contiguous = config.block_c if problem.view.channels_last else config.block_p
     of_thread = max(1, config.tile // (config.num_warps * device.warp))

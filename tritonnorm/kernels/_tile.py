@@ -22,6 +22,29 @@ def hint_fast_axis(C, P, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr):
 
 
 @triton.jit
+def channels_of(c, end, C, PLANE: tl.constexpr):
+    """Where the values of channels lie for columns: to load from, to store to (one column of each
+    channel; beyond the last where c is not below `end`), and how many channels there are."""
+    if PLANE == 1:
+        return c, c, C
+    else:
+        first = (c < end) & (c % PLANE == 0)
+        return c // PLANE, tl.where(first, c // PLANE, C // PLANE), C // PLANE
+
+
+@triton.jit
+def over_plane(v, PLANE: tl.constexpr, WIDTH: tl.constexpr):
+    """For every column [BLOCK_C] the sum over all columns of its channel."""
+    if PLANE == 1:
+        return v
+    else:
+        channel = tl.arange(0, triton.next_power_of_2(WIDTH))
+        own = channel[:, None] == (tl.arange(0, v.shape[0]) // PLANE)[None, :]
+        sums = tl.sum(tl.where(own, v[None, :], 0.0), 1)
+        return tl.sum(tl.where(own, sums[:, None], 0.0), 0)
+
+
+@triton.jit
 def chunk_origin(chunk, P, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr):
     """First sample and first position of a chunk."""
     per_sample = tl.cdiv(P, BLOCK_P)
