@@ -32,8 +32,8 @@ from .tiling import power_of_two_blocks
 # addresses and reductions. The compile audit shows no spill within them on sm_80, sm_90, sm_100 and
 # gfx942; with 52 and 4 warps it does on sm_90 (blocks of 32 channels).
 PAYLOAD = {4: 48, 8: 64}
-# Elements of a chunk, at least one 16-byte access for every thread. Half of it for the derivative of
-# a smooth activation: with all of it gelu in bf16 on planes of 7 by 7 spills on sm_90.
+# Elements of a chunk, at least one 16-byte access for every thread. Half of it for the derivative
+# of a smooth activation: with all of it gelu in bf16 on planes of 7 by 7 spills on sm_90.
 TILE = 4096
 WIDEST_ROW = 1024  # columns of a tile of tiny planes: 8 planes of 11 by 11
 
