@@ -182,6 +182,15 @@ OF_SIZE = [
     if layout == "contiguous" or len(shape) == 4
     for dtype, training in ((torch.float32, True), (torch.float16, True), (torch.float32, False))
 ]  # fmt: skip
+#: Tiny planes whose rows of all channels are read in wider accesses, with enough rows for sums.
+OF_SIZE += [
+    Case(shape, "contiguous", dtype, torch.float32, kind, training=False, needs=needs)
+    for shape, dtype, kind, needs in (
+        ((33, 16, 7, 7), torch.bfloat16, "silu", "xwb"),
+        ((33, 8, 5, 3), torch.float32, None, "wb"),
+        ((3, 16, 7, 7), torch.float16, "gelu", "x"),
+    )
+]  # fmt: skip
 #: Residuals and upstream gradients in other layouts than the input.
 OF_COMPANIONS = [
     Case(shape, layout, residual=residual, grad=grad, activation=activation)

@@ -41,6 +41,8 @@ ROOMS = (
     Room("reference", ours=("activation",)),
     *(Room(leaf, ours=()) for leaf in LEAVES),
     Room("kernels._body", ours=("kernels._tile", "kernels._epilogue"), theirs=("triton",)),
+    Room("kernels._persistent", ours=("kernels._*",), theirs=("triton",), without=("os",)),
+    Room("kernels._resident", ours=("kernels._*",), theirs=("triton",), without=("os",)),
     Room("kernels._*", ours=(), theirs=("triton",), without=("os",)),
     Room("kernels", ours=(*PURE_LEAVES, "kernels.*"), without=("os",)),
     Room(
@@ -61,7 +63,7 @@ ROOMS = (
     ),
     Room(
         "kernels.*",
-        ours=(*PURE_LEAVES, "kernels._*", "kernels.base", "kernels.streaming"),
+        ours=(*PURE_LEAVES, "kernels._*", "kernels.base", "kernels.tiling", "kernels.streaming"),
         theirs=("torch", "triton"),
         without=("os",),
     ),

@@ -34,11 +34,11 @@ def test_large_mean(algorithm: str, layout: str) -> None:
     exact = reference.forward(x, training=True)
     count = x.numel() / 5
     ulp = torch.finfo(torch.float32).eps
-    # x - mean is exact but for the rounding of the mean, at most 2 ulp of 1e4 after pairwise sums.
-    assert (y - exact.y).abs().max() <= 2 * 1e4 * ulp
-    assert (mean - exact.mean).abs().max() <= 2 * 1e4 * ulp
-    # Means of tiles of 32 values or more spread by 1 / sqrt(32), each rounded: 2 * spread * error.
-    assert (var - exact.var * count / (count - 1)).abs().max() <= 2 * 32**-0.5 * 1e4 * ulp
+    # Sums are of x less a value of the channel: the mean is rounded once, to half an ulp, and
+    # x - mean is exact but for that. The variance has no part in it.
+    assert (mean - exact.mean).abs().max() <= 0.5 * 1e4 * ulp
+    assert (y - exact.y).abs().max() <= 0.5 * 1e4 * ulp / float(exact.var.min().sqrt()) + 10 * ulp
+    assert (var - exact.var * count / (count - 1)).abs().max() <= 20 * ulp
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -110,9 +110,8 @@ NAN, INF = float("nan"), float("inf")
 def test_nan_and_infinity_propagate_as_in_torch(algorithm: str, bad: float, place: str) -> None:
     """The same elements of every result are NaN, or infinite with the same sign.
 
-    Two differences. An infinite weight: PyTorch computes x * a + b on a CPU, where a and b are
-    infinite, and so makes NaN of what is infinite here. An infinite x: merged moments turn the
-    mean of its channel into NaN where a plain sum has infinity; its output is NaN either way.
+    But for an infinite weight: PyTorch computes x * a + b on a CPU, where a and b are infinite, and
+    so makes NaN of what is infinite here.
     """
     case = Case((3, 5, 4, 6), activation="leaky_relu", residual="contiguous")
     data = matrix.build(case)
@@ -124,10 +123,9 @@ def test_nan_and_infinity_propagate_as_in_torch(algorithm: str, bad: float, plac
     for name, theirs in torchs.items():
         mine = ours[name]
         assert torch.equal(mine.isfinite(), theirs.isfinite()), name
-        if not (name == "running_mean" and algorithm == "split"):
-            assert torch.equal(mine.isnan(), theirs.isnan()), name
-            infinite = theirs.isinf()
-            assert torch.equal(mine[infinite], theirs[infinite]), name
+        assert torch.equal(mine.isnan(), theirs.isnan()), name
+        infinite = theirs.isinf()
+        assert torch.equal(mine[infinite], theirs[infinite]), name
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")], ids=str)

@@ -29,6 +29,8 @@ BN_ADD_ACT: dict = {"activation": "relu", "residual": True}
 BN_ADD_SMOOTH: dict = {"activation": "silu", "residual": True}
 KINDS = (BN, BN_ACT, BN_ADD, BN_ADD_ACT, BN_ADD_SMOOTH)
 
+#: Those whose programs may run one after another; tests/test_persistent.py counts the other.
+APART = [a.name for a in ALGORITHMS if a.name != "persistent"]
 # docs/kernels.md, in units of S: (forward, backward) of BN, BN+act, BN+add+act; the last with
 # a mask, which the streaming backward reads twice.
 TABLE = {
@@ -59,7 +61,7 @@ def check(call: Call, algorithm: str, config: Config | None = None) -> None:
             assert row.model == row.minimum, row
 
 
-@pytest.mark.parametrize("algorithm", [a.name for a in ALGORITHMS])
+@pytest.mark.parametrize("algorithm", APART)
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("kind", range(3))
 def test_the_table_of_the_design(algorithm: str, channels_last: bool, kind: int) -> None:
@@ -88,14 +90,14 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("algorithm", [a.name for a in ALGORITHMS])
+@pytest.mark.parametrize("algorithm", APART)
 @pytest.mark.parametrize(("shape", "channels_last"), SHAPES)
 @pytest.mark.parametrize("kind", [BN_ACT, BN_ADD_ACT, BN_ADD_SMOOTH], ids=["act", "mask", "smooth"])
 def test_ragged_sizes(algorithm: str, shape: tuple, channels_last: bool, kind: dict) -> None:
     check(Call(shape, channels_last, training=training(algorithm), **kind), algorithm)
 
 
-@pytest.mark.parametrize("algorithm", [a.name for a in ALGORITHMS])
+@pytest.mark.parametrize("algorithm", APART)
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -122,15 +124,15 @@ def test_every_configuration(channels_last: bool) -> None:
     """One shape through all that a tuner would try."""
     shape = (2, 40, 3, 3) if channels_last else (2, 2, 9, 9)
     seen = 0
-    for algorithm in ALGORITHMS:
+    for algorithm in map(BY_NAME.get, APART):
         call = Call(shape, channels_last, training=training(algorithm.name), **BN_ADD_ACT)
         for config in algorithm.configs(call.problem("backward"), H200):
             check(call, algorithm.name, config)
             seen += 1
-    assert seen > len(ALGORITHMS)
+    assert seen > len(APART)
 
 
-@pytest.mark.parametrize("algorithm", [a.name for a in ALGORITHMS])
+@pytest.mark.parametrize("algorithm", APART)
 @pytest.mark.parametrize("needs", ["x", "r", "w", "xr", "rb", "wb", "xw"])
 @pytest.mark.parametrize("kind", [BN_ADD, BN_ADD_ACT, BN_ADD_SMOOTH], ids=str)
 def test_only_the_gradients_asked_for(algorithm: str, needs: str, kind: dict) -> None:
@@ -138,6 +140,19 @@ def test_only_the_gradients_asked_for(algorithm: str, needs: str, kind: dict) ->
     if not supported(call, algorithm):
         pytest.skip("the algorithm leaves this to another")
     check(call, algorithm)
+
+
+@pytest.mark.parametrize("shape", [(33, 16, 7, 7), (3, 16, 7, 7), (33, 8, 5, 3)], ids=str)
+@pytest.mark.parametrize("kind", [BN, {"activation": "silu"}, BN_ADD_SMOOTH], ids=str)
+def test_tiny_planes_are_read_as_rows(shape: tuple, kind: dict) -> None:
+    """Given statistics: 16 elements divide a row of planes where none divides a plane."""
+    call = Call(shape, training=False, **kind)
+    problem = call.problem("forward")
+    assert problem.vector == 1 and problem.flat.vector >= 8
+    assert problem.plane == shape[2] * shape[3] == problem.flat.view.c // shape[1]
+    check(call, "affine")
+    masked = Call(shape, training=False, **BN_ADD_ACT).problem("forward")
+    assert masked.flat is masked  # its mask packs planes
 
 
 def test_what_is_counted_where() -> None:
@@ -165,7 +180,7 @@ def test_what_is_counted_where() -> None:
 
 def test_the_readme_has_these_numbers() -> None:
     """The README's table is what `python -m bench audit --quick` counts."""
-    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()[:40]
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()[:42]
     written = {line for line in lines if line.startswith("| BN")}
     rows = {(r.call, r.algorithm, r.direction): r for r in count_all(calls=layer_calls(quick=True))}
     counted = set()

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+
 from . import settings
 from .device import Device
 from .kernels import BY_NAME, FOLDS, algorithms_for
@@ -37,7 +39,7 @@ __all__ = [
     "tuned",
 ]
 
-NAMES = (*BY_NAME, *(a.name for a in FOLDS))
+NAMES = (*BY_NAME, *(a.name for a in FOLDS), "formula")
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,13 @@ class Table(Protocol):
 
 @dataclass(frozen=True)
 class Forced:
-    """A decision made by hand: an algorithm, and optionally its configuration."""
+    """A decision made by hand: an algorithm, and optionally its configuration; or "formula"."""
 
     algorithm: str
     config: Config | None = None
+
+
+FORMULA = Forced("formula")
 
 
 class Untuned(LookupError):
@@ -88,7 +93,8 @@ def choose(
         problem: what to compute.
         device: where; any description will do, no GPU is needed.
         tables: tuned results, the most trusted first.
-        forced: a decision that overrules them, where it can compute the problem.
+        forced: a decision that overrules them, where it can compute the problem. "formula" leaves
+            the tables out: they grow, and another split rounds otherwise.
 
     Raises:
         ValueError: ``forced.algorithm`` is not an algorithm.
@@ -96,6 +102,8 @@ def choose(
     there = {a.name: a for a in algorithms_for(problem)}
     if forced is not None:
         _check_name(forced.algorithm)
+        if forced.algorithm == "formula":
+            tables = ()
         algorithm = there.get(forced.algorithm)
         if algorithm is not None and algorithm.supports(problem, device) is None:
             config = forced.config or algorithm.heuristic(problem, device)
@@ -128,7 +136,8 @@ def force_plan(algorithm: str, config: Config | None = None) -> Iterator[None]:
     """Within the context every problem that ``algorithm`` supports is computed by it.
 
     Args:
-        algorithm: "resident", "split" or "affine"; "fold" for the fold of a frozen model.
+        algorithm: "resident", "persistent", "split" or "affine"; "fold" for the fold of a frozen
+            model; "formula" for what is chosen without tuned results.
         config: its configuration; the formula's if None.
 
     Raises:
@@ -144,7 +153,10 @@ def force_plan(algorithm: str, config: Config | None = None) -> Iterator[None]:
 
 
 def forced() -> Forced | None:
-    """What `force_plan` forces at the moment."""
+    """What `force_plan` forces at the moment; under deterministic algorithms the formula, whose
+    choice no tuned result can change."""
+    if _forced is None and torch.are_deterministic_algorithms_enabled():
+        return FORMULA
     return _forced
 
 
@@ -158,8 +170,9 @@ def plan(problem: Problem | FoldProblem, device: Device, by_hand: Forced | None 
         Untuned: TRITONNORM_STRICT is set, and nothing was tuned for the problem on this GPU.
     """
     tables = tuned(device)
-    chosen = choose(problem, device, tables, by_hand or _forced)
-    if tables and chosen.source not in ("forced", *SEEN):
+    by_hand = by_hand or forced()
+    chosen = choose(problem, device, tables, by_hand)
+    if by_hand is None and tables and chosen.source not in ("forced", *SEEN):
         if (file := settings.record_file()) is not None:
             append_line(file, Key.of(problem).to_json())
         if settings.strict():

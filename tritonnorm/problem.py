@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+
+# Rows from which sums for each column, 8 bytes, are few beside the column's own bytes.
+FEW_ROWS = 32
 
 Activity = Literal["none", "two_valued", "smooth"]
 
@@ -138,6 +141,31 @@ class Problem:
         """The largest power of two, up to 16, that divides the contiguous extent: what vector width
         it allows."""
         return min(16, self.view.fast & -self.view.fast)
+
+    @property
+    def plane(self) -> int:
+        """Positions of a plane that `flat` merges with the channels; 1 where it merges nothing."""
+        view = self.view
+        columns = view.c * view.p
+        if self.mask or view.channels_last or view.strides is not None:
+            return 1
+        sums = self.direction == "backward" and self.needs_dparams
+        if sums and not self.batch_statistics and view.n < FEW_ROWS:
+            return 1
+        wider = min(16, columns & -columns) > self.vector and self.vector * self.dtype.itemsize < 16
+        return view.p if wider else 1
+
+    @property
+    def flat(self) -> Problem:
+        """The same as rows of C * P columns, each with values of one channel.
+
+        A plane of 7 by 7 allows single elements, a row of 512 such planes 128 bits. Only where that
+        widens accesses (`plane`); a mask packs planes, so there is none.
+        """
+        if self.plane == 1:
+            return self
+        view = self.view
+        return replace(self, view=View(1, view.c * self.plane, view.n, True))
 
     @property
     def sums(self) -> bool:

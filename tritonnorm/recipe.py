@@ -86,7 +86,7 @@ def described(
 def decided(problem: Problem | FoldProblem, device: Device, forced: Forced | None = None) -> Plan:
     """The plan of a problem; where TRITONNORM_TUNE asks for it, the problem is tuned first."""
     chosen = plan(problem, device, forced)
-    if chosen.source == "forced" or device.arch == INTERPRETER.arch:
+    if forced is not None or device.arch == INTERPRETER.arch:
         return chosen
     mode = settings.tune_mode()
     if mode == "force" or (mode == "on" and chosen.source not in SEEN):

@@ -39,6 +39,7 @@ class CompileCase:
         every_config: all configurations of the algorithm, else the formula's.
         disassemble: take the widths of loads and stores from machine code, not from PTX: a second a
             kernel.
+        directions: those to report; the algorithm must support them.
     """
 
     call: Call
@@ -46,6 +47,7 @@ class CompileCase:
     target: str
     every_config: bool = True
     disassemble: bool = False
+    directions: tuple[Direction, ...] = DIRECTIONS
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ def cases(quick: bool = False) -> list[CompileCase]:
     if quick:
         few = [
             (Call(large, True, **fused), "split"),
+            (Call(large, True, **fused), "persistent"),
             (Call((32, 256, 14, 14), False, **fused), "resident"),
             (Call(large, True, activation="relu", training=False), "affine"),
         ]
@@ -112,6 +115,8 @@ def cases(quick: bool = False) -> list[CompileCase]:
         (Call(large, False, activation="relu", training=False), "affine"),
         (Call(small, True, **fused), "resident"),
         (Call((32, 256, 14, 14), False, **fused), "resident"),
+        (Call(large, True, **fused), "persistent"),
+        (Call(large, False, **fused), "persistent"),
     ]
     options: tuple[dict[str, Any], ...] = (
         {"dtype": torch.float32, "activation": "mish", "residual": True},
@@ -126,12 +131,16 @@ def cases(quick: bool = False) -> list[CompileCase]:
             (Call(large, one, **kind), "split"),
             (Call(large, two, training=False, **kind), "affine"),
             (Call(small, one, **kind), "resident"),
+            (Call(large, one, **kind), "persistent"),
         ]
     other += [
         (Call((8, 64, 28, 28), False, **fused), "resident"),
         (Call((64, 64, 14, 14), False, **fused), "split"),  # four elements divide a row
         (Call((64, 64, 7, 7), False, **fused), "split"),  # one
         (Call((64, 64, 7, 7), False, **fused), "resident"),
+        (Call((64, 64, 7, 7), False, activation="silu", training=False), "affine"),  # flat
+        (Call((32, 2048, 7, 7), False, activation="relu"), "resident"),  # flat
+        (Call((64, 1024, 14, 14), False, activation="silu"), "resident"),  # flat
         (Call((32, 36, 28, 28), True, **fused), "split"),
         (Call((256, 1024), False, **fused), "resident"),  # (N, C) input
     ]
@@ -145,7 +154,10 @@ def cases(quick: bool = False) -> list[CompileCase]:
 
 def expected_width(case: CompileCase, direction: Direction, config: Config) -> int:
     """Bits that an access can have: by what divides the contiguous axis, and a thread's share."""
-    return access_width(case.call.problem(direction), config, KNOWN[GPUS[case.target]])
+    problem = case.call.problem(direction)
+    if case.algorithm == "affine" or (case.algorithm == "resident" and config.block_c > 1):
+        problem = problem.flat  # the same problem where it is not one of tiny planes
+    return access_width(problem, config, KNOWN[GPUS[case.target]])
 
 
 def audit(case: CompileCase) -> list[CompileRow]:
@@ -169,7 +181,9 @@ def audit(case: CompileCase) -> list[CompileRow]:
     seen: set[int] = set()
     y: torch.Tensor | None = None
     with simulated(device), fake_driver(target, multiprocessors=device.sms) as log:
-        for direction in DIRECTIONS:
+        if case.directions == ("backward",):
+            y = tensors.forward()
+        for direction in case.directions:
             for config in _configs(case, direction):
                 log.launches.clear()
                 with force_plan(case.algorithm, config):
@@ -207,7 +221,7 @@ def _check_found(case: CompileCase, direction: Direction, rows: Sequence[Compile
 
 
 def _configs(case: CompileCase, direction: Direction) -> list[Config]:
-    """Configurations that compile to different code; the number of splits is no matter to it."""
+    """Configurations that compile to different code."""
     problem, device = case.call.problem(direction), KNOWN[GPUS[case.target]]
     algorithm = BY_NAME[case.algorithm]
     if (reason := algorithm.supports(problem, device)) is not None:
@@ -216,8 +230,13 @@ def _configs(case: CompileCase, direction: Direction) -> list[Config]:
         return [algorithm.heuristic(problem, device)]
     found: dict[Config, Config] = {}
     for config in algorithm.configs(problem, device):
-        found.setdefault(replace(config, splits=1), config)
+        found.setdefault(same_code(config), config)
     return list(found.values())
+
+
+def same_code(config: Config) -> Config:
+    """What of a configuration matters to the code: not how many splits and blocks at once."""
+    return replace(config, splits=1, at_once=min(config.at_once, 1))
 
 
 def _row(

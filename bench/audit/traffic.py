@@ -5,12 +5,14 @@ Needs a process in which ``TRITON_INTERPRET=1`` was set before triton was import
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from bench.call import DIRECTIONS, Call, Direction
+from bench.lab.scheduler import interleaved
 from bench.lab.traffic import LaunchTraffic, trace
 from bench.layers import RESNET50, twin
 from bench.processes import Progress, silent
@@ -96,7 +98,8 @@ def count(
         used = config or BY_NAME[algorithm].heuristic(problem, device)
         with simulated(device), force_plan(algorithm, used):
             chosen = plan(problem, device)
-            with trace() as traffic:
+            meeting = interleaved() if used.meets else contextlib.nullcontext()
+            with trace() as traffic, meeting:
                 if y is None:
                     y = tensors.forward()
                 else:

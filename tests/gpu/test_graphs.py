@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from tests import matrix
 from tritonnorm import nn
 from tritonnorm.plan import force_plan
 
-SHAPE = (8, 12, 14, 14)
+SHAPE = (8, 12, 28, 28)
 
 
 def module(momentum: float | None, **options: Any) -> nn.BatchNorm2d:
@@ -26,19 +27,20 @@ def batch(seed: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
-@pytest.mark.parametrize("algorithm", ["split", "resident"])
+@pytest.mark.parametrize("algorithm", ["split", "resident", "persistent"])
 def test_replay_of_a_training_step(momentum: float | None, algorithm: str) -> None:
     bn, eager = (module(momentum, activation="relu") for _ in range(2))
     x, residual = batch(0).requires_grad_(), torch.randn(SHAPE, device="cuda").requires_grad_()
     dy = torch.randn(SHAPE, device="cuda")
     leaves = (x, residual, bn.weight, bn.bias)
 
-    with force_plan(algorithm):
+    with force_plan(algorithm), matrix.ran() as ran:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # compiles what the capture needs
             for _ in range(3):
                 torch.autograd.grad(bn(x, residual), leaves, dy)
+        assert set(ran) == {algorithm}
         torch.cuda.current_stream().wait_stream(stream)
         bn.reset_running_stats()
         graph = torch.cuda.CUDAGraph()

@@ -9,11 +9,12 @@ from tritonnorm.problem import Problem
 from .affine import Affine
 from .base import Algorithm
 from .fold_configs import Fold
+from .persistent import Persistent
 from .resident import Resident
 from .split import Split
 
 #: In the order of preference where two are predicted to take the same time.
-ALGORITHMS: tuple[Algorithm, ...] = (Resident(), Split(), Affine())
+ALGORITHMS: tuple[Algorithm, ...] = (Resident(), Persistent(), Split(), Affine())
 BY_NAME: dict[str, Algorithm] = {a.name: a for a in ALGORITHMS}
 #: What folds the batch norms of a model.
 FOLDS: tuple[Fold, ...] = (Fold(),)

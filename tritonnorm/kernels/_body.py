@@ -103,6 +103,26 @@ def load_gradient(
 
 
 @triton.jit
+def gradient(
+    x,  # [BLOCK_C, BLOCK_M] accumulator dtype
+    dy,  # [BLOCK_C, BLOCK_M] accumulator dtype
+    mean,  # [BLOCK_C]
+    scale,  # [BLOCK_C] weight * rstd
+    shift,  # [BLOCK_C] bias
+    GRADIENT: tl.constexpr,
+    GATE: tl.constexpr,
+    GATED: tl.constexpr,
+    A: tl.constexpr,
+    B: tl.constexpr,
+):
+    """The gradient g at the pre-activation, without residual and mask: from what is at hand."""
+    if GRADIENT is not None or GATE is not None:
+        v = epilogue.pre_activation(x, None, mean, scale, shift)
+        dy = epilogue.activation_gradient(v, dy, GRADIENT, GATE, GATED, A, B)
+    return dy
+
+
+@triton.jit
 def input_gradient(
     g,  # [BLOCK_C, BLOCK_M] gradient at the pre-activation
     x,  # [BLOCK_C, BLOCK_M]

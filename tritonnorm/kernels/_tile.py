@@ -22,10 +22,54 @@ def hint_fast_axis(C, P, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr):
 
 
 @triton.jit
+def channels_of(c, end, C, PLANE: tl.constexpr):
+    """Where the values of channels lie for columns: to load from, to store to (one column of each
+    channel; beyond the last where c is not below `end`), and how many channels there are."""
+    if PLANE == 1:
+        return c, c, C
+    else:
+        first = (c < end) & (c % PLANE == 0)
+        return c // PLANE, tl.where(first, c // PLANE, C // PLANE), C // PLANE
+
+
+@triton.jit
+def over_plane(v, PLANE: tl.constexpr, WIDTH: tl.constexpr):
+    """For every column [BLOCK_C] the sum over all columns of its channel."""
+    if PLANE == 1:
+        return v
+    else:
+        channel = tl.arange(0, triton.next_power_of_2(WIDTH))
+        own = channel[:, None] == (tl.arange(0, v.shape[0]) // PLANE)[None, :]
+        sums = tl.sum(tl.where(own, v[None, :], 0.0), 1)
+        return tl.sum(tl.where(own, sums[:, None], 0.0), 0)
+
+
+@triton.jit
 def chunk_origin(chunk, P, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr):
     """First sample and first position of a chunk."""
     per_sample = tl.cdiv(P, BLOCK_P)
     return (chunk // per_sample) * BLOCK_N, (chunk % per_sample) * BLOCK_P
+
+
+@triton.jit
+def chunk_before(chunk, end, N, P, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr):
+    """The origin of a chunk, or one without any element from `end` on."""
+    n0, p0 = chunk_origin(chunk, P, BLOCK_N, BLOCK_P)
+    return tl.where(chunk < end, n0, N), p0
+
+
+@triton.jit
+def chunk_after(chunk, first, N, P, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr):
+    """The origin of a chunk, or one without any element before `first`."""
+    n0, p0 = chunk_origin(tl.maximum(chunk, 0), P, BLOCK_N, BLOCK_P)
+    return tl.where(chunk >= first, n0, N), p0
+
+
+@triton.jit
+def chunk_size(n0, p0, N, P, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Elements of a channel that a chunk covers; 0 beyond the last."""
+    samples = tl.maximum(tl.minimum(N - n0, BLOCK_N), 0)
+    return samples * tl.maximum(tl.minimum(P - p0, BLOCK_P), 0)
 
 
 @triton.jit
@@ -109,7 +153,7 @@ def bit_offsets(
         c = c0 + tl.arange(0, BLOCK_C // 8) * 8
         p = p0 + tl.arange(0, BLOCK_N * BLOCK_P)
         offsets = p.to(tl.int64)[None, :] * tl.cdiv(C, 8) + (c // 8)[:, None]
-        return offsets, (c < C)[:, None] & (p < P)[None, :]
+        return offsets, (c < C)[:, None] & ((p < P) & (n0 < N))[None, :]
     else:
         c = c0 + tl.arange(0, BLOCK_C)
         k = tl.arange(0, BLOCK_N * BLOCK_P // 8)

@@ -39,6 +39,8 @@ class Config:
         block_p: positions of a tile.
         splits: programs that share the chunks of one channel block.
         num_warps: warps of a program.
+        kept: chunks of a program that stay in its registers (`persistent`).
+        at_once: channel blocks that are worked on at the same time (`persistent`).
     """
 
     block_c: int
@@ -46,6 +48,8 @@ class Config:
     block_p: int
     splits: int = 1
     num_warps: int = 4
+    kept: int = 0
+    at_once: int = 0
 
     @property
     def tile(self) -> int:
@@ -56,6 +60,11 @@ class Config:
         """Tiles that cover one channel block."""
         view = problem.view
         return cdiv(view.n, self.block_n) * cdiv(view.p, self.block_p)
+
+    @property
+    def meets(self) -> bool:
+        """Whether programs wait for each other."""
+        return self.at_once > 0
 
     def channel_blocks(self, problem: Problem) -> int:
         return cdiv(problem.view.c, self.block_c)
@@ -157,6 +166,10 @@ class Algorithm(Protocol):
     def model_bytes(self, problem: Problem, config: Config) -> int:
         """The bytes of activations (and mask) that the kernels load and store, to the byte."""
 
+    def dram_bytes(self, problem: Problem, config: Config, device: Device) -> float:
+        """Those of them that should go through DRAM: without what is read again from the L2
+        cache."""
+
     def predict(self, problem: Problem, config: Config, device: Device) -> float:
         """Seconds that the launches should take: what the formula compares, and what a tuner may
         check."""
@@ -177,6 +190,9 @@ class Algorithm(Protocol):
 # published host times of a launch are 2.2 (compiled handle) to 11 microseconds (JIT) (tritonbench
 # issue 1002).
 LAUNCH_SECONDS = 3e-6
+# The share of the L2 cache that a second read may count on, beside what is written at the same
+# time. An estimate, to be measured.
+L2_SHARE = 0.5
 DEFAULT_BANDWIDTH = 1e12  # where a device does not tell its own; only ratios matter then
 
 
@@ -193,6 +209,19 @@ def x_strides(problem: Problem) -> tuple[int | None, int | None, int | None]:
     """The stride arguments of x: None where x is dense, which leaves them out of the compiled
     kernel."""
     return problem.view.strides or (None, None, None)
+
+
+def registers_kept(problem: Problem) -> float:
+    """32-bit registers of an element that stays in a program: x, and in backward dy, both as they
+    are.
+
+    Where the gradient g at the pre-activation depends on more than those two, g stays, and not dy.
+    """
+    own = problem.dtype.itemsize / 4
+    if problem.direction == "forward":
+        return own
+    more = problem.mask or problem.reads_residual or problem.needs_dresidual
+    return own + (problem.accumulator.itemsize / 4 if more else own)
 
 
 def advance_counter(a: ForwardArguments) -> bool:
@@ -218,6 +247,8 @@ class Launch:
         grid: programs in up to three dimensions.
         sizes: integers, or None for an argument that is left out of the compiled kernel.
         num_warps: of a program.
+        cooperative: the programs wait for each other: all are resident at once, or the launch
+            fails.
         meta: compile-time arguments by name.
     """
 
@@ -232,12 +263,15 @@ class Launch:
         grid: tuple[int, ...],
         sizes: Sequence[int | None],
         num_warps: int,
+        cooperative: bool = False,
         **meta: Any,
     ) -> None:
         self._kernel = kernel
         self._grid = (*grid, 1, 1)[:3]
         self._sizes = tuple(sizes)
         self._options = {**meta, "num_warps": num_warps, "enable_fp_fusion": True}
+        if cooperative:
+            self._options["launch_cooperative_grid"] = True
         self._tail = (*self._sizes, *(meta[name] for name in kernel.arg_names if name in meta))
 
     def __call__(self, *tensors: Any) -> None:
@@ -246,6 +280,8 @@ class Launch:
             Launch.sink(self, tensors)
             return
         if not isinstance(self._kernel, JITFunction):  # the interpreter
+            if "launch_cooperative_grid" in self._options:
+                _refuse_one_after_another()
             self._by_triton(tensors)
             return
         device = driver.active.get_current_device()
@@ -296,7 +332,27 @@ class Launch:
         return self._kernel, self._sizes, self._options
 
     def _by_triton(self, tensors: tuple[Any, ...]) -> Any:
-        return self._kernel[self._grid](*tensors, *self._sizes, **self._options)
+        options = self._options
+        if "launch_cooperative_grid" in options and isinstance(self._kernel, JITFunction):
+            if driver.active.get_current_target().backend == "cuda":
+                options = {**options, "maxnreg": MOST_REGISTERS}
+        return self._kernel[self._grid](*tensors, *self._sizes, **options)
+
+
+# Of a thread, where programs must fit together. Asked for by name, as ptxas would rather spill a
+# few registers to fit a third program on a multiprocessor (BN+gelu, fp16 NCHW, sm_80 and sm_100).
+MOST_REGISTERS = 255
+
+
+def _refuse_one_after_another() -> None:
+    """Raise where programs that wait for each other would wait for ever."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    if not getattr(InterpreterBuilder, "interleaved", False):
+        raise RuntimeError(
+            "the interpreter runs programs one after another, so they cannot meet: plan for "
+            "tritonnorm.device.INTERPRETER, or use bench.lab.scheduler.interleaved"
+        )
 
 
 # Device -> launch and dtypes -> compiled kernel.
@@ -306,38 +362,3 @@ _compiled: defaultdict[int, dict[tuple[Any, ...], Any]] = defaultdict(dict)
 def forget_compiled(device: int) -> None:
     """Let go of what was compiled for a device: its driver ends."""
     _compiled.pop(device, None)
-
-
-def power_of_two_blocks(extent: int, limit: int, floor: int) -> int:
-    """The power of two between `floor` and `limit` that covers an extent with the least padding.
-
-    Never longer than the extent needs. Padding wastes issue slots, not bandwidth, so up to 1/16
-    more of it is accepted for a larger block.
-    """
-    best = min(limit, next_power_of_2(extent))
-    floor = min(floor, best)
-    candidates = [best]
-    while candidates[-1] > floor:
-        candidates.append(candidates[-1] // 2)
-    padded = [cdiv(extent, b) * b for b in candidates]
-    least = min(padded)
-    return next(
-        b for b, size in zip(candidates, padded, strict=True) if size <= least + least // 16
-    )
-
-
-def tile_shape(problem: Problem, elements: int, max_block_c: int) -> tuple[int, int, int]:
-    """A tile ``(block_c, block_n, block_p)`` of about `elements` that keeps contiguous runs long.
-
-    Channels last: channels first, up to `max_block_c`, then positions. Otherwise one channel,
-    positions first (at least 64, or the whole plane: 128 bytes of 16-bit data, a cache line), then
-    samples.
-    """
-    view = problem.view
-    bits = 8 if problem.mask else 1  # a mask packs eight neighbours of the contiguous axis
-    if view.channels_last:
-        block_c = min(max(bits, next_power_of_2(view.c)), max_block_c)
-        return block_c, 1, min(next_power_of_2(view.p), max(1, elements // block_c))
-    floor = min(64, next_power_of_2(view.p))
-    block_p = max(bits, power_of_two_blocks(view.p, elements, floor))
-    return 1, min(next_power_of_2(view.n), max(1, elements // block_p)), block_p

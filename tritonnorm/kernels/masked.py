@@ -73,8 +73,10 @@ def masked_moments_kernel(
             x = tl.load(x_ptr + (n0 * s_n + p0 * s_p) + lane, mask=reads, other=0.0).to(ACC)
             x = tl.where(kept[None, :], x, 0.0)
             size = some.to(ACC)
-            tile_mean, tile_m2 = moments.tile_moments(x, kept[None, :], size)
-            count, mean, m2 = moments.merge_moments(count, mean, m2, size, tile_mean, tile_m2)
+            zero = tl.zeros([BLOCK_C], ACC)
+            tile_total, tile_m2 = moments.tile_moments(x, zero, kept[None, :], size)
+            tile_mean = tile_total / size
+            count, mean, m2 = moments.merge_means(count, mean, m2, size, tile_mean, tile_m2)
     plane = tl.num_programs(1).to(tl.int64) * C
     row = partial_ptr + tl.program_id(1).to(tl.int64) * C + c
     tl.store(row, tl.zeros([BLOCK_C], ACC) + count, mask=c < C)
@@ -120,7 +122,7 @@ def combine_masked_moments_kernel(
             delta = tl.where(valid, means - centre[None, :], 0.0)
             spread = tl.load(at + 2 * plane, mask=valid, other=0.0)
             spread = tl.sum(spread + sizes[:, None] * delta * delta, 0)
-            count, mean, m2 = moments.merge_moments(count, mean, m2, size, centre, spread)
+            count, mean, m2 = moments.merge_means(count, mean, m2, size, centre, spread)
     rstd = 1.0 / tl.sqrt(m2 / tl.maximum(count, 1.0) + tl.full([], eps, ACC))
     if tl.program_id(0) == 0:
         tl.store(count_ptr, count)

@@ -4,20 +4,15 @@ Forward moves 2S, backward 3S. The variance is exact: the mean first, then the s
 from it, both over data at hand. No program waits for another.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import triton
-import triton.language as tl
-
 from tritonnorm.device import Device
 from tritonnorm.problem import Problem, minimum_bytes
 
-from . import _body as body
-from . import _epilogue as epilogue
-from . import _moments as moments
-from . import _tile as tile
+from . import _resident as kernels
 from .base import (
     BackwardArguments,
     Config,
@@ -25,179 +20,22 @@ from .base import (
     ForwardArguments,
     Launch,
     advance_counter,
+    cdiv,
     next_power_of_2,
-    power_of_two_blocks,
     predicted_seconds,
+    registers_kept,
     x_strides,
 )
+from .tiling import power_of_two_blocks
 
 # Warps of a program -> 32-bit registers a thread may spend on the tensors it keeps; the rest is for
 # addresses and reductions. The compile audit shows no spill within them on sm_80, sm_90, sm_100 and
-# gfx942.
-PAYLOAD = {4: 64, 8: 64}
-TILE = 4096  # elements of a chunk, at least one 16-byte access for every thread
-
-
-@triton.jit
-def forward_kernel(
-    x_ptr,  # [N, C, P] input
-    y_ptr,  # [N, C, P] output, dense
-    residual_ptr,  # [N, C, P] dense, or None
-    mask_ptr,  # bit mask of the gate, or None
-    mean_ptr,  # [C] out
-    rstd_ptr,  # [C] out
-    weight_ptr,  # [C] or None
-    bias_ptr,  # [C] or None
-    running_mean_ptr,  # [C] or None
-    running_var_ptr,  # [C] or None
-    counter_ptr,  # [] int64 or None
-    eps: tl.float64,
-    momentum: tl.float64,
-    N,
-    C,
-    P,
-    xs_n,
-    xs_c,
-    xs_p,
-    CUMULATIVE: tl.constexpr,
-    ACT: tl.constexpr,
-    GATE: tl.constexpr,
-    A: tl.constexpr,  # parameters of the activation
-    B: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    VEC: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-):
-    """Statistics, running statistics, normalize, add, activate, for one channel block."""
-    ACC: tl.constexpr = mean_ptr.dtype.element_ty
-    C, P = tile.hint_fast_axis(C, P, VEC, CHANNELS_LAST)
-    c0 = tl.program_id(0) * BLOCK_C
-    c = c0 + tl.arange(0, BLOCK_C)
-    lane_n, lane_p, s_n, s_p, lane, x_n, x_p, x_lane = tile.frame(
-        c, C, P, xs_n, xs_c, xs_p, BLOCK_N, BLOCK_P, CHANNELS_LAST
-    )
-    xs = ()
-    for chunk in tl.static_range(CHUNKS):
-        n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P)
-        valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
-        xs = xs + (tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=valid, other=0.0),)
-    count = tl.cast(N, ACC) * tl.cast(P, ACC)
-    mean = tl.zeros([BLOCK_C], ACC)
-    for chunk in tl.static_range(CHUNKS):
-        mean += tl.sum(xs[chunk].to(ACC), 1)
-    mean = mean / count
-    m2 = tl.zeros([BLOCK_C], ACC)
-    for chunk in tl.static_range(CHUNKS):
-        n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P)
-        valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
-        centred = tl.where(valid, xs[chunk].to(ACC) - mean[:, None], 0.0)
-        m2 += tl.sum(centred * centred, 1)
-    rstd = 1.0 / tl.sqrt(m2 / count + tl.full([], eps, ACC))
-    moments.store_statistics(
-        c, mean, m2, rstd, count, C, mean_ptr, rstd_ptr,
-        running_mean_ptr, running_var_ptr, counter_ptr, momentum, CUMULATIVE,
-    )  # fmt: skip
-    scale, shift = epilogue.affine_parameters(c, C, rstd, weight_ptr, bias_ptr)
-    for chunk in tl.static_range(CHUNKS):
-        n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P)
-        valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
-        base = n0 * s_n + p0 * s_p
-        body.store_output(
-            xs[chunk].to(ACC), mean, scale, shift, y_ptr, residual_ptr, mask_ptr,
-            base, lane, valid, c0, n0, p0, N, C, P,
-            ACT, GATE, A, B, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST,
-        )  # fmt: skip
-
-
-@triton.jit
-def backward_kernel(
-    dy_ptr,  # [N, C, P] dense
-    x_ptr,  # [N, C, P]
-    residual_ptr,  # [N, C, P] dense, or None
-    mask_ptr,  # bit mask of the gate, or None
-    dx_ptr,  # [N, C, P] dense, or None
-    dresidual_ptr,  # [N, C, P] dense, or None
-    mean_ptr,  # [C]
-    rstd_ptr,  # [C]
-    weight_ptr,  # [C] or None
-    bias_ptr,  # [C] or None
-    dweight_ptr,  # [C] out, or None
-    dbias_ptr,  # [C] out, or None
-    N,
-    C,
-    P,
-    xs_n,
-    xs_c,
-    xs_p,
-    GRADIENT: tl.constexpr,
-    GATE: tl.constexpr,
-    GATED: tl.constexpr,
-    A: tl.constexpr,  # parameters of the activation
-    B: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    VEC: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-):
-    """All gradients of one channel block; x and g = dy * act' stay in registers, in the dtype of
-    x."""
-    ACC: tl.constexpr = rstd_ptr.dtype.element_ty
-    C, P = tile.hint_fast_axis(C, P, VEC, CHANNELS_LAST)
-    c0 = tl.program_id(0) * BLOCK_C
-    c = c0 + tl.arange(0, BLOCK_C)
-    lane_n, lane_p, s_n, s_p, lane, x_n, x_p, x_lane = tile.frame(
-        c, C, P, xs_n, xs_c, xs_p, BLOCK_N, BLOCK_P, CHANNELS_LAST
-    )
-    mean = tl.load(mean_ptr + c, mask=c < C, other=0.0)
-    rstd = tl.load(rstd_ptr + c, mask=c < C, other=0.0)
-    scale, shift = epilogue.affine_parameters(c, C, rstd, weight_ptr, bias_ptr)
-    xs = ()
-    gs = ()
-    sum_g = tl.zeros([BLOCK_C], ACC)
-    sum_gx = tl.zeros([BLOCK_C], ACC)
-    for chunk in tl.static_range(CHUNKS):
-        n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P)
-        valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
-        base = n0 * s_n + p0 * s_p
-        raw = tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=valid, other=0.0)
-        x = raw.to(ACC)
-        g = body.load_gradient(
-            x, mean, scale, shift, dy_ptr, residual_ptr, mask_ptr, dresidual_ptr,
-            base, lane, valid, c0, n0, p0, N, C, P,
-            GRADIENT, GATE, GATED, A, B, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST,
-        )  # fmt: skip
-        g = tl.where(valid, g, 0.0)
-        sum_g += tl.sum(g, 1)
-        sum_gx += tl.sum(g * (x - mean[:, None]), 1)
-        xs = xs + (raw,)
-        gs = gs + (g,)
-    if dbias_ptr is not None:
-        tl.store(dbias_ptr + c, sum_g.to(dbias_ptr.dtype.element_ty), mask=c < C)
-    if dweight_ptr is not None:
-        tl.store(dweight_ptr + c, (sum_gx * rstd).to(dweight_ptr.dtype.element_ty), mask=c < C)
-    if dx_ptr is not None:
-        count = tl.cast(N, ACC) * tl.cast(P, ACC)
-        mean_g = sum_g / count
-        slope = sum_gx / count * rstd * rstd
-        for chunk in tl.static_range(CHUNKS):
-            n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P)
-            valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
-            base = n0 * s_n + p0 * s_p
-            x = xs[chunk].to(ACC)
-            dx = body.input_gradient(gs[chunk], x, mean, mean_g, slope, scale)
-            tl.store(dx_ptr + base + lane, dx.to(dx_ptr.dtype.element_ty), mask=valid)
-
-
-def registers_kept(problem: Problem) -> float:
-    """32-bit registers that one element occupies: x as it is, and in backward the gradient g as
-    well."""
-    own = problem.dtype.itemsize / 4
-    return own if problem.direction == "forward" else own + problem.accumulator.itemsize / 4
+# gfx942; with 52 and 4 warps it does on sm_90 (blocks of 32 channels).
+PAYLOAD = {4: 48, 8: 64}
+# Elements of a chunk, at least one 16-byte access for every thread. Half of it for the derivative
+# of a smooth activation: with all of it gelu in bf16 on planes of 7 by 7 spills on sm_90.
+TILE = 4096
+WIDEST_ROW = 1024  # columns of a tile of tiny planes: 8 planes of 11 by 11
 
 
 class Resident:
@@ -210,30 +48,53 @@ class Resident:
             return "the statistics are given"
         if not problem.sums:
             return "nothing is summed, so nothing needs to stay"
-        if self._fitting(problem, device) is None:
+        if not self._found(problem, device):
             return "a channel does not fit the registers of one program"
         return None
 
     def heuristic(self, problem: Problem, device: Device) -> Config:
-        config = self._fitting(problem, device)
-        if config is None:
+        found = self._found(problem, device)
+        if not found:
             raise ValueError(f"problem: does not fit: {problem}")
-        return config
+        return min(found, key=lambda config: self.predict(problem, config, device))
 
     def configs(self, problem: Problem, device: Device) -> list[Config]:
-        found = [self.heuristic(problem, device)]
+        found = [self.heuristic(problem, device), *self._found(problem, device)]
         for max_block_c in (8, 16, 32) if problem.view.channels_last else ():
             config = self._fitting(problem, device, max_block_c)
             found += [config] if config else []
         return list(dict.fromkeys(found))
 
+    def _found(self, problem: Problem, device: Device) -> list[Config]:
+        """A configuration with whole planes of several channels, and one by channel."""
+        both = (self._whole_planes(problem, device), self._fitting(problem, device))
+        return [config for config in both if config is not None]
+
     def model_bytes(self, problem: Problem, config: Config) -> int:
         return minimum_bytes(problem)
 
+    def dram_bytes(self, problem: Problem, config: Config, device: Device) -> float:
+        return minimum_bytes(problem)
+
     def predict(self, problem: Problem, config: Config, device: Device) -> float:
-        return predicted_seconds(
-            device, minimum_bytes(problem), config.channel_blocks(problem), launches=1
-        )
+        blocks = cdiv(problem.view.c, _width(problem, config))
+        return predicted_seconds(device, minimum_bytes(problem), blocks, launches=1)
+
+    def _whole_planes(self, problem: Problem, device: Device) -> Config | None:
+        """Tiny planes of as many channels as make every access wide, or None (`Problem.flat`)."""
+        flat, plane = problem.flat, problem.plane
+        if plane == 1 or (block_c := next_power_of_2(_aligned(problem) * plane)) > WIDEST_ROW:
+            return None
+        for warps, payload in PAYLOAD.items():
+            threads = warps * device.warp
+            elements = max(TILE, threads * 16 // problem.dtype.itemsize)
+            least = threads * 16 // problem.dtype.itemsize // block_c
+            most = max(1, elements // block_c)
+            block_p = power_of_two_blocks(flat.view.p, most, max(1, least))
+            config = Config(block_c, 1, block_p, num_warps=warps)
+            if config.chunks(flat) * config.tile * registers_kept(problem) <= payload * threads:
+                return config
+        return None
 
     def _fitting(self, problem: Problem, device: Device, max_block_c: int = 16) -> Config | None:
         """The smallest program that holds a channel block, or None."""
@@ -253,7 +114,8 @@ class Resident:
         view = problem.view
         bits = 8 if problem.mask else 1
         least = threads * 16 // problem.dtype.itemsize
-        limit = max(TILE, least)
+        smooth = problem.direction == "backward" and problem.activity == "smooth"
+        limit = max(TILE // 2 if smooth else TILE, least)
         if view.channels_last:
             block_c = max(bits, min(max_block_c, next_power_of_2(view.c)))
             return Config(
@@ -268,7 +130,7 @@ class Resident:
     ) -> Callable[[ForwardArguments], None]:
         launches = [
             self._launch(
-                forward_kernel, problem, config, CUMULATIVE=cumulative, **epilogue.forward()
+                kernels.forward_kernel, problem, config, CUMULATIVE=cumulative, **epilogue.forward()
             )
             for cumulative in (False, True)
         ]
@@ -285,7 +147,7 @@ class Resident:
     def backward(
         self, problem: Problem, config: Config, epilogue: EpilogueArguments
     ) -> Callable[[BackwardArguments], None]:
-        launch = self._launch(backward_kernel, problem, config, **epilogue.backward())
+        launch = self._launch(kernels.backward_kernel, problem, config, **epilogue.backward())
 
         def run(a: BackwardArguments) -> None:
             launch(
@@ -296,13 +158,39 @@ class Resident:
         return run
 
     def _launch(self, kernel: Any, problem: Problem, config: Config, **meta: Any) -> Launch:
+        width = _width(problem, config)
+        grid = (cdiv(problem.view.c, width),)
+        geometry = config.geometry(problem)
+        if whole_planes(problem, config):
+            meta["PLANE"], problem = problem.plane, problem.flat
+            geometry = config.geometry(problem)
+            geometry["VEC"] = min(problem.vector, 16 // problem.dtype.itemsize)
         view = problem.view
         return Launch(
             kernel,
-            (config.channel_blocks(problem),),
+            grid,
             (view.n, view.c, view.p, *x_strides(problem)),
             config.num_warps,
-            **meta,
+            **{"PLANE": 1, **meta},
+            WIDTH=width,
             CHUNKS=config.chunks(problem),
-            **config.geometry(problem),
+            **geometry,
         )
+
+
+def whole_planes(problem: Problem, config: Config) -> bool:
+    """Whether a configuration is for `Problem.flat` and not for the problem as it is."""
+    return config.block_c > 1 and not problem.view.channels_last
+
+
+def _aligned(problem: Problem) -> int:
+    """The fewest channels whose planes together are a multiple of 16 bytes."""
+    elements = 16 // problem.dtype.itemsize
+    return elements // math.gcd(elements, problem.plane)
+
+
+def _width(problem: Problem, config: Config) -> int:
+    """Channels of a block."""
+    if not whole_planes(problem, config):
+        return config.block_c
+    return config.block_c // problem.plane // _aligned(problem) * _aligned(problem)

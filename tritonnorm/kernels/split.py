@@ -18,6 +18,7 @@ from tritonnorm.problem import Problem, minimum_bytes
 from . import _moments as moments
 from . import _tile as tile
 from .base import (
+    L2_SHARE,
     BackwardArguments,
     Config,
     EpilogueArguments,
@@ -34,16 +35,14 @@ from .streaming import (
     gradient_launch,
     over_chunks,
     partial_sums,
-    splits_for,
-    streaming_candidates,
-    streaming_config,
 )
+from .tiling import splits_for, streaming_candidates, streaming_config
 
 
 @triton.jit(do_not_specialize=["PER_SPLIT", "CHUNKS"])
 def moments_kernel(
     x_ptr,  # [N, C, P]
-    partial_ptr,  # [3, SPLITS, C] out: count, mean, centred second moment
+    partial_ptr,  # [4, SPLITS, C] out: count, pivot, sum less it, centred second moment
     N,
     C,
     P,
@@ -66,7 +65,8 @@ def moments_kernel(
         c, C, P, xs_n, xs_c, xs_p, BLOCK_N, BLOCK_P, CHANNELS_LAST
     )
     count = tl.zeros([], ACC)
-    mean = tl.zeros([BLOCK_C], ACC)
+    pivot = tl.zeros([BLOCK_C], ACC)
+    total = tl.zeros([BLOCK_C], ACC)
     m2 = tl.zeros([BLOCK_C], ACC)
     first = tl.program_id(1) * PER_SPLIT
     last = tl.minimum(first + PER_SPLIT, CHUNKS)
@@ -74,20 +74,23 @@ def moments_kernel(
         n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P)
         valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
         x = tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=valid, other=0.0).to(ACC)
-        size = tl.minimum(N - n0, BLOCK_N) * tl.minimum(P - p0, BLOCK_P)
-        tile_count = tl.cast(size, ACC)
-        tile_mean, tile_m2 = moments.tile_moments(x, valid, tile_count)
-        count, mean, m2 = moments.merge_moments(count, mean, m2, tile_count, tile_mean, tile_m2)
+        if chunk == first:
+            pivot = moments.pivot(x)
+        size = tile.chunk_size(n0, p0, N, P, BLOCK_N, BLOCK_P).to(ACC)
+        tile_total, tile_m2 = moments.tile_moments(x, pivot, valid, size)
+        count, total, m2 = moments.merge_moments(count, total, m2, size, tile_total, tile_m2)
     plane = tl.num_programs(1).to(tl.int64) * C
     row = partial_ptr + tl.program_id(1).to(tl.int64) * C + c
     tl.store(row, tl.zeros([BLOCK_C], ACC) + count, mask=c < C)
-    tl.store(row + plane, mean, mask=c < C)
-    tl.store(row + 2 * plane, m2, mask=c < C)
+    tl.store(row + plane, pivot, mask=c < C)
+    tl.store(row + 2 * plane, total, mask=c < C)
+    tl.store(row + 3 * plane, m2, mask=c < C)
 
 
 @triton.jit(do_not_specialize=["SPLITS"])
 def combine_moments_kernel(
-    partial_ptr,  # [3, SPLITS, C], or [SPLITS, 3, C] if SPLITS_FIRST
+    partial_ptr,  # [4, SPLITS, C]: count, pivot, sum less the pivot, centred second moment; or
+    # [SPLITS, 3, C] of MERGED ones
     merged_ptr,  # [3, C] out: count, mean, centred second moment; or None
     mean_ptr,  # [C] out, or None: the merged moments alone
     rstd_ptr,  # [C] out, or None
@@ -99,7 +102,7 @@ def combine_moments_kernel(
     C,
     SPLITS,
     CUMULATIVE: tl.constexpr,
-    SPLITS_FIRST: tl.constexpr,
+    MERGED: tl.constexpr,  # what is merged are results of this kernel
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
@@ -109,31 +112,36 @@ def combine_moments_kernel(
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     plane = tl.cast(SPLITS, tl.int64) * C
     row = tl.cast(C, tl.int64)
-    if SPLITS_FIRST:
+    if MERGED:
         plane, row = row, row * 3
+    base = tl.load(partial_ptr + plane + c, mask=c < C, other=0.0)
     count = tl.zeros([BLOCK_C], ACC)
-    mean = tl.zeros([BLOCK_C], ACC)
+    total = tl.zeros([BLOCK_C], ACC)
     m2 = tl.zeros([BLOCK_C], ACC)
     for s0 in range(0, SPLITS, BLOCK_S):
         s = s0 + tl.arange(0, BLOCK_S)
         valid = (s < SPLITS)[:, None] & (c < C)[None, :]
-        at = partial_ptr + s[:, None] * row + c[None, :]
-        block_count = tl.load(at, mask=valid, other=0.0)
-        block_mean = tl.load(at + plane, mask=valid, other=0.0)
-        block_m2 = tl.load(at + 2 * plane, mask=valid, other=0.0)
-        total = tl.maximum(tl.sum(block_count, 0), 1.0)
-        centre = tl.sum(block_count * block_mean, 0) / total
-        delta = tl.where(valid, block_mean - centre[None, :], 0.0)
-        spread = tl.sum(block_m2 + block_count * delta * delta, 0)
-        count, mean, m2 = moments.merge_moments(count, mean, m2, total, centre, spread)
+        at = partial_ptr + s.to(tl.int64)[:, None] * row + c[None, :]
+        counts = tl.load(at, mask=valid, other=0.0)
+        firsts = tl.load(at + plane, mask=valid, other=0.0)
+        if MERGED:
+            totals = tl.zeros_like(counts)
+            squares = tl.load(at + 2 * plane, mask=valid, other=0.0)
+        else:
+            totals = tl.load(at + 2 * plane, mask=valid, other=0.0)
+            squares = tl.load(at + 3 * plane, mask=valid, other=0.0)
+        block = moments.rows_moments(counts, firsts, totals, squares, base)
+        count, total, m2 = moments.merge_moments(count, total, m2, *block)
+    some = tl.maximum(count, 1.0)
+    mean = base + total / some
     if merged_ptr is not None:
         tl.store(merged_ptr + c, count, mask=c < C)
         tl.store(merged_ptr + C + c, mean, mask=c < C)
         tl.store(merged_ptr + 2 * tl.cast(C, tl.int64) + c, m2, mask=c < C)
     if mean_ptr is not None:
-        rstd = 1.0 / tl.sqrt(m2 / count + tl.full([], eps, ACC))
+        rstd = 1.0 / tl.sqrt(m2 / some + tl.full([], eps, ACC))
         moments.store_statistics(
-            c, mean, m2, rstd, count, C, mean_ptr, rstd_ptr,
+            c, mean, m2, rstd, some, C, mean_ptr, rstd_ptr,
             running_mean_ptr, running_var_ptr, counter_ptr, momentum, CUMULATIVE,
         )  # fmt: skip
 
@@ -146,14 +154,14 @@ def moments_launch(problem: Problem, config: Config) -> Launch:
     )
 
 
-def combine_launches(problem: Problem, splits: int, splits_first: bool = False) -> list[Launch]:
+def combine_launches(problem: Problem, splits: int, merged: bool = False) -> list[Launch]:
     """`combine_moments_kernel`, for running averages that are exponential and cumulative."""
     c = problem.view.c
     return [
         Launch(
             *(combine_moments_kernel, (cdiv(c, COMBINE["BLOCK_C"]),), (c, splits), 4),
             CUMULATIVE=cumulative,
-            SPLITS_FIRST=splits_first,
+            MERGED=merged,
             **COMBINE,
         )
         for cumulative in (False, True)
@@ -190,13 +198,16 @@ class Split:
             second -= problem.bytes  # writing dresidual alone does not read x again
         return reads + second
 
-    def predict(self, problem: Problem, config: Config, device: Device) -> float:
-        """What the second pass reads again comes from the L2 cache as far as it fits there."""
-        programs = config.channel_blocks(problem) * splits_for(config, problem)[0]
+    def dram_bytes(self, problem: Problem, config: Config, device: Device) -> float:
+        """The second pass begins with what the first read last."""
         once = minimum_bytes(problem)
         again = self.model_bytes(problem, config) - once
-        dram = once + max(0, again - device.l2_bytes)
-        return predicted_seconds(device, dram, programs, launches=3)
+        return once + max(0.0, again - L2_SHARE * device.l2_bytes)
+
+    def predict(self, problem: Problem, config: Config, device: Device) -> float:
+        programs = config.channel_blocks(problem) * splits_for(config, problem)[0]
+        moved = self.dram_bytes(problem, config, device)
+        return predicted_seconds(device, moved, programs, launches=3)
 
     def forward(
         self, problem: Problem, config: Config, epilogue: EpilogueArguments
@@ -208,7 +219,7 @@ class Split:
 
         def run(a: ForwardArguments) -> None:
             assert a.mean is not None and a.rstd is not None
-            partial = a.mean.new_empty((3, splits, c))
+            partial = a.mean.new_empty((4, splits, c))
             moments_of_splits(a.x, partial)
             combine[advance_counter(a)](
                 *(partial, None, a.mean, a.rstd, a.running_mean, a.running_var, a.counter),

@@ -5,13 +5,11 @@ formulas.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
 
-from tritonnorm.device import Device
 from tritonnorm.problem import Problem
 
 from . import _body as body
@@ -24,21 +22,11 @@ from .base import (
     ForwardArguments,
     Launch,
     cdiv,
-    tile_shape,
     x_strides,
 )
+from .tiling import splits_for
 
-# Elements of a tile, with 4 warps: 32 a thread, four 16-byte loads of bf16 in flight per tensor.
-# In float64 a quarter, the same bytes: with 4096 the compile audit finds spills on sm_80 (14) and
-# on sm_100 (4), with 2048 still 4 on sm_100.
-TILE = 4096
-TILE_FLOAT64 = 1024
-# Programs per multiprocessor a launch should have. The compile audit finds 48 to 128 registers a
-# thread, so 4 to 10 programs of 4 warps are resident at once; more splits would only lengthen the
-# combine.
-PROGRAMS_PER_SM = 8
-# The combine kernels: [splits, channels] tiles. Few channels each, so that many programs share the
-# work.
+# The combine kernels: [splits, channels] tiles, of few channels, so that many programs share them.
 COMBINE = {"BLOCK_C": 8, "BLOCK_S": 128}
 
 
@@ -74,6 +62,7 @@ def apply_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    PLANE: tl.constexpr,  # columns of a channel, where C counts columns (`Problem.flat`)
 ):
     """Normalize, scale, shift, add, activate: one chunk range of one channel block."""
     C, P = tile.hint_fast_axis(C, P, VEC, CHANNELS_LAST)
@@ -82,15 +71,17 @@ def apply_kernel(
     lane_n, lane_p, s_n, s_p, lane, x_n, x_p, x_lane = tile.frame(
         c, C, P, xs_n, xs_c, xs_p, BLOCK_N, BLOCK_P, CHANNELS_LAST
     )
-    mean = tl.load(mean_ptr + c, mask=c < C, other=0.0).to(ACC)
-    rstd = tl.load(rstd_ptr + c, mask=c < C, other=1.0).to(ACC)
+    at, channels = c // PLANE, C // PLANE
+    mean = tl.load(mean_ptr + at, mask=c < C, other=0.0).to(ACC)
+    rstd = tl.load(rstd_ptr + at, mask=c < C, other=1.0).to(ACC)
     if FROM_VARIANCE:
         rstd = 1.0 / tl.sqrt(rstd + tl.full([], eps, ACC))
     if save_mean_ptr is not None:
         if tl.program_id(1) == 0:
-            tl.store(save_mean_ptr + c, mean, mask=c < C)
-            tl.store(save_rstd_ptr + c, rstd, mask=c < C)
-    scale, shift = epilogue.affine_parameters(c, C, rstd, weight_ptr, bias_ptr)
+            one_each = (c < C) & (c % PLANE == 0)
+            tl.store(save_mean_ptr + at, mean, mask=one_each)
+            tl.store(save_rstd_ptr + at, rstd, mask=one_each)
+    scale, shift = epilogue.affine_parameters(at, channels, rstd, weight_ptr, bias_ptr)
     first = tl.program_id(1) * PER_SPLIT
     last = tl.minimum(first + PER_SPLIT, CHUNKS)
     for i in range(first, last):
@@ -141,6 +132,7 @@ def gradient_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    PLANE: tl.constexpr,  # columns of a channel, where C counts columns (`Problem.flat`)
 ):
     """Gradients, sums of gradients, or both, over one chunk range of one channel block."""
     ACC: tl.constexpr = rstd_ptr.dtype.element_ty
@@ -150,9 +142,10 @@ def gradient_kernel(
     lane_n, lane_p, s_n, s_p, lane, x_n, x_p, x_lane = tile.frame(
         c, C, P, xs_n, xs_c, xs_p, BLOCK_N, BLOCK_P, CHANNELS_LAST
     )
-    mean = tl.load(mean_ptr + c, mask=c < C, other=0.0)
-    rstd = tl.load(rstd_ptr + c, mask=c < C, other=0.0)
-    scale, shift = epilogue.affine_parameters(c, C, rstd, weight_ptr, bias_ptr)
+    at, channels = c // PLANE, C // PLANE
+    mean = tl.load(mean_ptr + at, mask=c < C, other=0.0)
+    rstd = tl.load(rstd_ptr + at, mask=c < C, other=0.0)
+    scale, shift = epilogue.affine_parameters(at, channels, rstd, weight_ptr, bias_ptr)
     if sums_ptr is not None:
         if count_ptr is None:
             total = tl.cast(N, ACC) * tl.cast(P, ACC)
@@ -197,13 +190,14 @@ def gradient_kernel(
 
 @triton.jit(do_not_specialize=["SPLITS"])
 def combine_sums_kernel(
-    partial_ptr,  # [2, SPLITS, C]
+    partial_ptr,  # [2, SPLITS, C, PLANE]
     rstd_ptr,  # [C]
     sums_ptr,  # [2, C] out, or None
     dweight_ptr,  # [C] out, or None
     dbias_ptr,  # [C] out, or None
     C,
     SPLITS,
+    PLANE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
@@ -212,12 +206,13 @@ def combine_sums_kernel(
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     sum_g = tl.zeros([BLOCK_C], ACC)
     sum_gx = tl.zeros([BLOCK_C], ACC)
-    for s0 in range(0, SPLITS, BLOCK_S):
+    row = tl.cast(C, tl.int64) * PLANE
+    for s0 in range(0, SPLITS * PLANE, BLOCK_S):
         s = s0 + tl.arange(0, BLOCK_S)
-        valid = (s < SPLITS)[:, None] & (c < C)[None, :]
-        at = partial_ptr + s.to(tl.int64)[:, None] * C + c[None, :]
+        valid = (s < SPLITS * PLANE)[:, None] & (c < C)[None, :]
+        at = partial_ptr + (s // PLANE * row + s % PLANE)[:, None] + c[None, :] * PLANE
         sum_g += tl.sum(tl.load(at, mask=valid, other=0.0), 0)
-        sum_gx += tl.sum(tl.load(at + tl.cast(SPLITS, tl.int64) * C, mask=valid, other=0.0), 0)
+        sum_gx += tl.sum(tl.load(at + SPLITS * row, mask=valid, other=0.0), 0)
     if sums_ptr is not None:
         tl.store(sums_ptr + c, sum_g, mask=c < C)
         tl.store(sums_ptr + C + c, sum_gx, mask=c < C)
@@ -228,31 +223,8 @@ def combine_sums_kernel(
         tl.store(dweight_ptr + c, (sum_gx * rstd).to(dweight_ptr.dtype.element_ty), mask=c < C)
 
 
-def splits_for(config: Config, problem: Problem) -> tuple[int, int, int]:
-    """``(splits, chunks per split, chunks)``: the configuration's splits, less those that would be
-    empty."""
-    chunks = config.chunks(problem)
-    per_split = cdiv(chunks, min(config.splits, chunks))
-    return cdiv(chunks, per_split), per_split, chunks
-
-
-def tile_elements(problem: Problem) -> int:
-    """Elements of the tile that the formula takes."""
-    return TILE_FLOAT64 if problem.accumulator == torch.float64 else TILE
-
-
-def streaming_config(problem: Problem, device: Device) -> Config:
-    """Tiles of `TILE` elements, and enough splits of each channel block to fill the device."""
-    block_c, block_n, block_p = tile_shape(problem, tile_elements(problem), max_block_c=64)
-    config = Config(block_c, block_n, block_p)
-    blocks = config.channel_blocks(problem)
-    splits = cdiv(device.sms * PROGRAMS_PER_SM, blocks)
-    splits = max(1, min(splits, config.chunks(problem)))
-    return Config(block_c, block_n, block_p, splits)
-
-
 def apply_launch(
-    problem: Problem, config: Config, epilogue: EpilogueArguments, *, given: bool
+    problem: Problem, config: Config, epilogue: EpilogueArguments, *, given: bool, plane: int = 1
 ) -> Callable[[ForwardArguments, torch.Tensor, torch.Tensor], None]:
     """`apply_kernel` over the whole tensor.
 
@@ -267,6 +239,7 @@ def apply_launch(
         FROM_VARIANCE=given,
         ACC=tl.float64 if problem.accumulator == torch.float64 else tl.float32,
         **config.geometry(problem),
+        PLANE=plane,
     )
 
     def run(a: ForwardArguments, mean: torch.Tensor, rstd: torch.Tensor) -> None:
@@ -284,6 +257,7 @@ def gradient_launch(
     sums: bool,
     corrects: bool,
     writes: bool,
+    plane: int = 1,
 ) -> Callable[..., None]:
     """`gradient_kernel` over the whole tensor.
 
@@ -298,6 +272,7 @@ def gradient_launch(
         **epilogue.backward(),
         READS_X=sums or (corrects and writes and problem.needs_dx) or recomputes,
         **config.geometry(problem),
+        PLANE=plane,
     )
 
     def run(a: BackwardArguments, *vectors: torch.Tensor | None) -> None:
@@ -308,12 +283,12 @@ def gradient_launch(
 
 
 def combine_sums_launch(
-    problem: Problem, config: Config
+    problem: Problem, config: Config, plane: int = 1
 ) -> Callable[[BackwardArguments, torch.Tensor, torch.Tensor | None], None]:
-    """`combine_sums_kernel` over partial sums ``[2, SPLITS, C]``."""
-    c = problem.view.c
-    splits = splits_for(config, problem)[0]
-    launch = Launch(combine_sums_kernel, (cdiv(c, COMBINE["BLOCK_C"]),), (c, splits), 4, **COMBINE)
+    """`combine_sums_kernel` over partial sums ``[2, SPLITS, C, plane]``."""
+    c, splits = problem.view.c // plane, splits_for(config, problem)[0]
+    grid = (cdiv(c, COMBINE["BLOCK_C"]),)
+    launch = Launch(combine_sums_kernel, grid, (c, splits), 4, PLANE=plane, **COMBINE)
 
     def run(a: BackwardArguments, partial: torch.Tensor, whole: torch.Tensor | None) -> None:
         launch(partial, a.rstd, whole, a.dweight, a.dbias)
@@ -332,18 +307,3 @@ def over_chunks(problem: Problem, config: Config) -> tuple[tuple[int, int], tupl
 def partial_sums(problem: Problem, config: Config, like: torch.Tensor) -> torch.Tensor:
     """Workspace ``[2, SPLITS, C]`` for `gradient_kernel`."""
     return like.new_empty((2, splits_for(config, problem)[0], problem.view.c))
-
-
-def streaming_candidates(problem: Problem, device: Device, first: Config) -> list[Config]:
-    """Neighbours of a configuration: tiles of half and twice the size, fewer and more splits."""
-    found = [first]
-    usual = tile_elements(problem)
-    for elements in (usual // 2, usual, usual * 2):
-        for max_block_c in (64, 128) if problem.view.channels_last else (1,):
-            for programs_per_sm in (PROGRAMS_PER_SM // 4, PROGRAMS_PER_SM):
-                block_c, block_n, block_p = tile_shape(problem, elements, max_block_c)
-                config = Config(block_c, block_n, block_p, num_warps=8 if elements > usual else 4)
-                wanted = cdiv(device.sms * programs_per_sm, config.channel_blocks(problem))
-                splits = max(1, min(wanted, config.chunks(problem)))
-                found.append(replace(config, splits=splits))
-    return list(dict.fromkeys(found))

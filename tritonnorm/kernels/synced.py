@@ -29,11 +29,8 @@ def moments(problem: Problem, config: Config) -> Callable[[Tensor], Tensor]:
     combine = combine_launches(problem, splits)[False]
 
     def run(x: Tensor) -> Tensor:
-        shape = (3, c) if splits == 1 else (3, splits, c)
-        partial = x.new_empty(shape, dtype=problem.accumulator)
+        partial = x.new_empty((4, splits, c), dtype=problem.accumulator)
         of_splits(x, partial)
-        if splits == 1:
-            return partial
         merged = partial.new_empty((3, c))
         combine(partial, merged, None, None, None, None, None, 0.0, 0.0)
         return merged
@@ -45,7 +42,7 @@ def apply_moments(
     problem: Problem, config: Config, epilogue: EpilogueArguments, ranks: int
 ) -> Callable[[ForwardArguments, Tensor], Tensor]:
     """What comes back takes moments ``[R, 3, C]``; it gives the merged ones ``[3, C]``."""
-    combine = combine_launches(problem, ranks, splits_first=True)
+    combine = combine_launches(problem, ranks, merged=True)
     apply = apply_launch(problem, config, epilogue, given=False)
 
     def run(a: ForwardArguments, gathered: Tensor) -> Tensor:

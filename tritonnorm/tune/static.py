@@ -45,7 +45,7 @@ class KernelReport:
         target: ``sm_90``, ``gfx942``, ...
         registers: 32-bit registers per thread.
         stack: bytes of stack (private memory) per thread.
-        spills: machine instructions (NVIDIA) or registers (AMD) that go to local memory.
+        spills: machine instructions (NVIDIA) or vector registers (AMD) that go to local memory.
         shared: bytes of shared memory per program.
         loads: bits per global load -> how many such instructions.
         stores: bits per global store -> how many such instructions.

@@ -1,0 +1,200 @@
+"""Kernels that keep a whole channel block in the registers of one program; see `resident`.
+
+With PLANE > 1 the columns are those of `Problem.flat`: a channel's values lie in PLANE columns.
+What is summed over a column is then summed over the columns of its channel.
+"""
+
+import triton
+import triton.language as tl
+
+from . import _body as body
+from . import _epilogue as epilogue
+from . import _moments as moments
+from . import _tile as tile
+
+
+@triton.jit
+def forward_kernel(
+    x_ptr,  # [N, C, P] input
+    y_ptr,  # [N, C, P] output, dense
+    residual_ptr,  # [N, C, P] dense, or None
+    mask_ptr,  # bit mask of the gate, or None
+    mean_ptr,  # [C] out
+    rstd_ptr,  # [C] out
+    weight_ptr,  # [C] or None
+    bias_ptr,  # [C] or None
+    running_mean_ptr,  # [C] or None
+    running_var_ptr,  # [C] or None
+    counter_ptr,  # [] int64 or None
+    eps: tl.float64,
+    momentum: tl.float64,
+    N,
+    C,
+    P,
+    xs_n,
+    xs_c,
+    xs_p,
+    CUMULATIVE: tl.constexpr,
+    ACT: tl.constexpr,
+    GATE: tl.constexpr,
+    A: tl.constexpr,  # parameters of the activation
+    B: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    VEC: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    PLANE: tl.constexpr,  # columns of a channel, where C counts columns (`Problem.flat`)
+    WIDTH: tl.constexpr,  # channels of a block
+):
+    """Statistics, running statistics, normalize, add, activate, for one channel block."""
+    ACC: tl.constexpr = mean_ptr.dtype.element_ty
+    C, P = tile.hint_fast_axis(C, P, VEC, CHANNELS_LAST)
+    STEP: tl.constexpr = WIDTH * PLANE
+    c0 = tl.program_id(0) * STEP
+    c = c0 + tl.arange(0, BLOCK_C)
+    end = C
+    if PLANE > 1:
+        end = tl.minimum(C, c0 + STEP) // VEC * VEC
+    at, to, channels = tile.channels_of(c, end, C, PLANE)
+    lane_n, lane_p, s_n, s_p, lane, x_n, x_p, x_lane = tile.frame(
+        c, C, P, xs_n, xs_c, xs_p, BLOCK_N, BLOCK_P, CHANNELS_LAST
+    )
+    xs = ()
+    for chunk in tl.static_range(CHUNKS):
+        n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P)
+        valid = tile.valid_lanes(c, end, lane_n, lane_p, n0, p0, N, P)
+        xs = xs + (tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=valid, other=0.0),)
+    count = tl.cast(N, ACC) * tl.cast(P, ACC) * PLANE
+    pivot = moments.pivot(xs[0].to(ACC))
+    if PLANE > 1:
+        pivot = tile.over_plane(tl.where(to < channels, pivot, 0.0), PLANE, WIDTH)
+    total = tl.zeros([BLOCK_C], ACC)
+    for chunk in tl.static_range(CHUNKS):
+        n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P)
+        valid = tile.valid_lanes(c, end, lane_n, lane_p, n0, p0, N, P)
+        total += tl.sum(tl.where(valid, xs[chunk].to(ACC) - pivot[:, None], 0.0), 1)
+    mean = pivot + tile.over_plane(total, PLANE, WIDTH) / count
+    m2 = tl.zeros([BLOCK_C], ACC)
+    for chunk in tl.static_range(CHUNKS):
+        n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P)
+        valid = tile.valid_lanes(c, end, lane_n, lane_p, n0, p0, N, P)
+        centred = tl.where(valid, xs[chunk].to(ACC) - mean[:, None], 0.0)
+        m2 += tl.sum(centred * centred, 1)
+    m2 = tile.over_plane(m2, PLANE, WIDTH)
+    rstd = 1.0 / tl.sqrt(m2 / count + tl.full([], eps, ACC))
+    moments.store_statistics(
+        to, mean, m2, rstd, count, channels, mean_ptr, rstd_ptr,
+        running_mean_ptr, running_var_ptr, counter_ptr, momentum, CUMULATIVE,
+    )  # fmt: skip
+    scale, shift = epilogue.affine_parameters(at, channels, rstd, weight_ptr, bias_ptr)
+    for chunk in tl.static_range(CHUNKS):
+        n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P)
+        valid = tile.valid_lanes(c, end, lane_n, lane_p, n0, p0, N, P)
+        base = n0 * s_n + p0 * s_p
+        body.store_output(
+            xs[chunk].to(ACC), mean, scale, shift, y_ptr, residual_ptr, mask_ptr,
+            base, lane, valid, c0, n0, p0, N, C, P,
+            ACT, GATE, A, B, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST,
+        )  # fmt: skip
+
+
+@triton.jit
+def backward_kernel(
+    dy_ptr,  # [N, C, P] dense
+    x_ptr,  # [N, C, P]
+    residual_ptr,  # [N, C, P] dense, or None
+    mask_ptr,  # bit mask of the gate, or None
+    dx_ptr,  # [N, C, P] dense, or None
+    dresidual_ptr,  # [N, C, P] dense, or None
+    mean_ptr,  # [C]
+    rstd_ptr,  # [C]
+    weight_ptr,  # [C] or None
+    bias_ptr,  # [C] or None
+    dweight_ptr,  # [C] out, or None
+    dbias_ptr,  # [C] out, or None
+    N,
+    C,
+    P,
+    xs_n,
+    xs_c,
+    xs_p,
+    GRADIENT: tl.constexpr,
+    GATE: tl.constexpr,
+    GATED: tl.constexpr,
+    A: tl.constexpr,  # parameters of the activation
+    B: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    VEC: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    PLANE: tl.constexpr,  # columns of a channel, where C counts columns (`Problem.flat`)
+    WIDTH: tl.constexpr,  # channels of a block
+):
+    """All gradients of one channel block; x stays in registers, and dy (or g, where it depends on
+    more than x and dy)."""
+    KEEP_DY: tl.constexpr = residual_ptr is None and mask_ptr is None and dresidual_ptr is None
+    ACC: tl.constexpr = rstd_ptr.dtype.element_ty
+    C, P = tile.hint_fast_axis(C, P, VEC, CHANNELS_LAST)
+    STEP: tl.constexpr = WIDTH * PLANE
+    c0 = tl.program_id(0) * STEP
+    c = c0 + tl.arange(0, BLOCK_C)
+    end = C
+    if PLANE > 1:
+        end = tl.minimum(C, c0 + STEP) // VEC * VEC
+    at, to, channels = tile.channels_of(c, end, C, PLANE)
+    lane_n, lane_p, s_n, s_p, lane, x_n, x_p, x_lane = tile.frame(
+        c, C, P, xs_n, xs_c, xs_p, BLOCK_N, BLOCK_P, CHANNELS_LAST
+    )
+    mean = tl.load(mean_ptr + at, mask=at < channels, other=0.0)
+    rstd = tl.load(rstd_ptr + at, mask=at < channels, other=0.0)
+    scale, shift = epilogue.affine_parameters(at, channels, rstd, weight_ptr, bias_ptr)
+    xs = ()
+    gs = ()
+    sum_g = tl.zeros([BLOCK_C], ACC)
+    sum_gx = tl.zeros([BLOCK_C], ACC)
+    for chunk in tl.static_range(CHUNKS):
+        n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P)
+        valid = tile.valid_lanes(c, end, lane_n, lane_p, n0, p0, N, P)
+        base = n0 * s_n + p0 * s_p
+        raw = tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=valid, other=0.0)
+        x = raw.to(ACC)
+        if KEEP_DY:
+            dy = tl.load(dy_ptr + base + lane, mask=valid, other=0.0)
+            g = body.gradient(x, dy.to(ACC), mean, scale, shift, GRADIENT, GATE, GATED, A, B)
+            gs = gs + (dy,)
+        else:
+            g = body.load_gradient(
+                x, mean, scale, shift, dy_ptr, residual_ptr, mask_ptr, dresidual_ptr,
+                base, lane, valid, c0, n0, p0, N, C, P,
+                GRADIENT, GATE, GATED, A, B, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST,
+            )  # fmt: skip
+            gs = gs + (g,)
+        g = tl.where(valid, g, 0.0)
+        sum_g += tl.sum(g, 1)
+        sum_gx += tl.sum(g * (x - mean[:, None]), 1)
+        xs = xs + (raw,)
+    sum_g = tile.over_plane(sum_g, PLANE, WIDTH)
+    sum_gx = tile.over_plane(sum_gx, PLANE, WIDTH)
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + to, sum_g.to(dbias_ptr.dtype.element_ty), mask=to < channels)
+    if dweight_ptr is not None:
+        dweight = (sum_gx * rstd).to(dweight_ptr.dtype.element_ty)
+        tl.store(dweight_ptr + to, dweight, mask=to < channels)
+    if dx_ptr is not None:
+        count = tl.cast(N, ACC) * tl.cast(P, ACC) * PLANE
+        mean_g = sum_g / count
+        slope = sum_gx / count * rstd * rstd
+        for chunk in tl.static_range(CHUNKS):
+            n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P)
+            valid = tile.valid_lanes(c, end, lane_n, lane_p, n0, p0, N, P)
+            base = n0 * s_n + p0 * s_p
+            x = xs[chunk].to(ACC)
+            g = gs[chunk].to(ACC)
+            if KEEP_DY:
+                g = body.gradient(x, g, mean, scale, shift, GRADIENT, GATE, GATED, A, B)
+            dx = body.input_gradient(g, x, mean, mean_g, slope, scale)
+            tl.store(dx_ptr + base + lane, dx.to(dx_ptr.dtype.element_ty), mask=valid)
