@@ -47,12 +47,15 @@ ROOMS = (
     Room("kernels", ours=(*PURE_LEAVES, "kernels.*"), without=("os",)),
     Room(
         "kernels.synced",
-        ours=("problem", "kernels.base", "kernels.split", "kernels.streaming"),
+        ours=("problem", *(f"kernels.{n}" for n in ("base", "split", "streaming", "tiling"))),
         without=("os",),
     ),
     Room(
         "kernels.masked_launches",
-        ours=(*PURE_LEAVES, "kernels.masked", "kernels.base", "kernels.streaming"),
+        ours=(
+            *(*PURE_LEAVES, "kernels.masked"),
+            *("kernels.base", "kernels.streaming", "kernels.tiling"),
+        ),
         theirs=("torch", "triton"),
         without=("os",),
     ),

@@ -14,8 +14,9 @@ from tritonnorm.device import Device
 from tritonnorm.problem import View
 
 from . import masked
-from .base import EpilogueArguments, Launch, cdiv, next_power_of_2, power_of_two_blocks
-from .streaming import COMBINE, PROGRAMS_PER_SM, TILE, TILE_FLOAT64, combine_sums_kernel
+from .base import EpilogueArguments, Launch, cdiv, next_power_of_2
+from .streaming import COMBINE, combine_sums_kernel
+from .tiling import PROGRAMS_PER_SM, TILE, TILE_FLOAT64, power_of_two_blocks
 
 # Positions of a tile of [N, C, L] data: 1 KiB of 16-bit values. The rest of the tile is channels,
 # which share one reading of the mask.
@@ -128,7 +129,7 @@ class MaskedLaunches:
             )
             for reads in ((True,) if active else (True, False))
         }
-        self._combine_sums = Launch(combine_sums_kernel, *over_channels, **COMBINE)
+        self._combine_sums = Launch(combine_sums_kernel, *over_channels, PLANE=1, **COMBINE)
         self._active = active
 
     def training(

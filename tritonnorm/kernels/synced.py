@@ -18,8 +18,8 @@ from .streaming import (
     combine_sums_launch,
     gradient_launch,
     partial_sums,
-    splits_for,
 )
+from .tiling import splits_for
 
 
 def moments(problem: Problem, config: Config) -> Callable[[Tensor], Tensor]:
