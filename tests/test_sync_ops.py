@@ -92,7 +92,9 @@ def test_one_rank_is_split(kind: Any) -> None:
         *zip(buffers, twins, strict=True),
     ]
     for a, b in pairs:
-        torch.testing.assert_close(a, b, rtol=1e-14, atol=1e-14)
+        assert a.shape == b.shape
+        if a.numel():  # what is not asked for is empty
+            torch.testing.assert_close(a, b, rtol=1e-14, atol=1e-14)
 
 
 def test_moments_of_many_splits() -> None:
