@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ import torch
 from tests import tuned
 from tests.test_plan import PROBLEMS
 from tritonnorm.device import KNOWN, Device
-from tritonnorm.problem import Problem
+from tritonnorm.problem import FoldProblem, Problem, View
 from tritonnorm.tune import store
 from tritonnorm.tune.key import Key
 from tritonnorm.tune.store import Entry, UserCache, read_table, slug, write_table
@@ -42,6 +42,18 @@ def test_a_key_is_the_problem(p: Problem) -> None:
     if isinstance(p, Problem) and p.direction == "forward":
         p = replace(p, needs_dresidual=False)  # a forward has no gradients
     assert again.problem() == p
+
+
+def test_a_key_knows_all_that_a_problem_has() -> None:
+    """A new field of a problem belongs into the key, or two problems share their tuned results."""
+    assert {f.name for f in fields(Problem)} == {
+        *("direction", "batch_statistics", "view", "dtype", "activity", "residual", "mask"),
+        *("needs_dx", "needs_dresidual", "needs_dparams"),
+    }
+    assert {f.name for f in fields(View)} == {"n", "c", "p", "channels_last", "strides"}
+    assert {f.name for f in fields(FoldProblem)} == {
+        *("dtype", "affine", "statistics", "pairs", "channels", "elements", "rows"),
+    }
 
 
 def test_keys_tell_apart_what_runs_other_code() -> None:
@@ -90,7 +102,7 @@ def test_what_is_put_is_there_for_the_next_process(tmp_path: Path) -> None:
 
 WRITER = """
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from tests import tuned
 from tritonnorm.tune.store import UserCache

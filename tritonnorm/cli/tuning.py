@@ -140,7 +140,7 @@ def _problems(options: argparse.Namespace, device: Device) -> Iterator[Shape]:
             frozen, _ = tritonnorm.freeze(copy.deepcopy(model).eval(), inputs)
             for sources in _launches(frozen, device):
                 yield problem_of(sources)
-        model, _ = tritonnorm.replace(model)
+        model, _ = tritonnorm.replace(model, example_inputs=inputs)
         yield from problems.from_model(model, inputs, device, dtypes, layouts)
 
 
