@@ -92,6 +92,7 @@ WORDS = {"images": "training images", "batch": "images of a step"}
 
 def table(frame: pd.DataFrame) -> pd.DataFrame:
     best = chosen(frame, ["part", "at", "norm"])
+    best = best.sort_values(["part", "at"], ascending=[False, True])  # images, then batch
     out = []
     for (part, at), group in best.groupby(["part", "at"], sort=False):
         row: dict[str, Any] = {"what": WORDS[part], "": at}
