@@ -1,7 +1,7 @@
 """Kernels that keep a whole channel block in the registers of one program; see `resident`.
 
-With PLANE > 1 the columns are those of `Problem.flat`: a channel's values lie in PLANE columns.
-What is summed over a column is then summed over the columns of its channel.
+With PLANE > 1 the columns are those of `Problem.flat`: a channel has PLANE of them. What is summed
+over a column is then summed over the columns of its channel.
 """
 
 import triton
