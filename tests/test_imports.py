@@ -14,7 +14,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("tritonnorm", "bench")
-LEAVES = ("activation", "device", "folding", "problem", "reference", "report", "settings")
+LEAVES = (
+    *("activation", "conditions", "device", "folding", "group_problem", "group_reference"),
+    *("problem", "reference", "report", "settings"),
+)
 
 
 @dataclass(frozen=True)
@@ -30,20 +33,25 @@ class Room:
 # The first row whose pattern matches decides. Names are relative to tritonnorm, "" is the package
 # itself. A module without a row fails: give it a place in docs/architecture.md and a row here.
 KERNELS = ("kernels", "kernels.base")
-PURE_LEAVES = tuple(leaf for leaf in LEAVES if leaf not in ("report", "settings"))
+PURE_LEAVES = tuple(leaf for leaf in LEAVES if leaf not in ("report", "settings", "conditions"))
 BELOW_OPS = (*LEAVES, *KERNELS, "plan", "recipe")
 BELOW_NN = (*BELOW_OPS, "ops", "autograd", "functional")
 ABOVE = (*BELOW_NN, "nn", "joined", "conv_nn")
 ROOMS = (
     Room("report", ours=(), theirs=("pandas",)),
     Room("reference", ours=("activation",)),
+    Room("group_reference", ours=("activation", "reference")),
+    Room("group_problem", ours=("problem",)),
+    Room("conditions", ours=("device", "settings")),
     *(Room(leaf, ours=()) for leaf in LEAVES),
     Room("kernels._body", ours=("kernels._tile", "kernels._epilogue"), theirs=("triton",)),
+    Room("kernels._groups", ours=("kernels._tile", "kernels._epilogue"), theirs=("triton",)),
+    Room("kernels._group_*", ours=("kernels._groups", "kernels._moments"), theirs=("triton",)),
     Room("kernels._*", ours=(), theirs=("triton",), without=("os",)),
     Room("kernels", ours=(*PURE_LEAVES, "kernels.*"), without=("os",)),
     Room(
         "kernels.*",
-        ours=(*PURE_LEAVES, "kernels._*", "kernels.base", "kernels.streaming"),
+        ours=(*PURE_LEAVES, "kernels._*", "kernels.base", "kernels.*_base", "kernels.streaming"),
         theirs=("torch", "triton"),
         without=("os",),
     ),
@@ -60,7 +68,10 @@ ROOMS = (
     Room("recipe", ours=(*LEAVES, *KERNELS, "plan")),
     Room("ops", ours=BELOW_OPS),
     Room("autograd", ours=(*LEAVES, "ops", "recipe")),
-    Room("functional", ours=(*LEAVES, "autograd")),
+    Room("group_ops", ours=(*BELOW_OPS, "kernels.group_base", "ops")),
+    Room("group_autograd", ours=(*LEAVES, "group_ops")),
+    Room("norms", ours=(*LEAVES, "group_autograd", "functional")),
+    Room("functional", ours=(*LEAVES, "autograd", "norms")),
     Room("nn", ours=(*LEAVES, "functional")),
     Room("joined", ours=(*LEAVES, "nn")),
     Room("conv_nn", ours=("joined", "nn")),

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from .device import Device
-from .kernels import ALGORITHMS, BY_NAME
+from .group_problem import GroupProblem, minimum_group_bytes
+from .kernels import BY_NAME, algorithms_for
 from .kernels.base import Algorithm, Config
 from .problem import Problem, minimum_bytes
 
@@ -31,7 +32,8 @@ class Plan:
     @property
     def runs(self) -> Algorithm:
         """The algorithm itself."""
-        return BY_NAME[self.algorithm]
+        found: Algorithm = BY_NAME[self.algorithm]
+        return found
 
 
 class Table(Protocol):
@@ -39,7 +41,7 @@ class Table(Protocol):
 
     name: str
 
-    def lookup(self, problem: Problem, device: Device) -> tuple[str, Config] | None:
+    def lookup(self, problem: Problem | GroupProblem, device: Device) -> tuple[str, Config] | None:
         """Algorithm and configuration for a problem, or None."""
 
 
@@ -52,7 +54,7 @@ class Forced:
 
 
 def choose(
-    problem: Problem,
+    problem: Problem | GroupProblem,
     device: Device,
     tables: Sequence[Table] = (),
     forced: Forced | None = None,
@@ -74,7 +76,8 @@ def choose(
                 f"algorithm: expected one of {', '.join(BY_NAME)}; got {forced.algorithm!r}"
             )
         algorithm = BY_NAME[forced.algorithm]
-        if algorithm.supports(problem, device) is None:
+        fits = algorithm in algorithms_for(problem)
+        if fits and algorithm.supports(problem, device) is None:
             config = forced.config or algorithm.heuristic(problem, device)
             return Plan(algorithm.name, config, "forced")
     for table in tables:
@@ -83,7 +86,7 @@ def choose(
             return Plan(*found, table.name)
     able = [
         (algorithm, algorithm.heuristic(problem, device))
-        for algorithm in ALGORITHMS
+        for algorithm in algorithms_for(problem)
         if algorithm.supports(problem, device) is None
     ]
     if not able:
@@ -100,7 +103,8 @@ def force_plan(algorithm: str, config: Config | None = None) -> Iterator[None]:
     """Within the context every problem that ``algorithm`` supports is computed by it.
 
     Args:
-        algorithm: "resident", "split" or "affine".
+        algorithm: "resident", "split" or "affine" for batch norms, "group_resident" or
+            "group_split" for the other norms.
         config: its configuration; the formula's if None.
 
     Raises:
@@ -121,7 +125,7 @@ def forced() -> Forced | None:
     return _forced
 
 
-def plan(problem: Problem, device: Device) -> Plan:
+def plan(problem: Problem | GroupProblem, device: Device) -> Plan:
     """`choose` with what is forced at the moment: what the operators take for the problem."""
     return choose(problem, device, (), _forced)
 
@@ -143,21 +147,20 @@ class Explanation:
 
     Attributes:
         plan: what `choose` answers.
-        minimum: fewest bytes of the problem (`minimum_bytes`).
+        minimum: fewest bytes of the problem (`minimum_bytes`, `minimum_group_bytes`).
         alternatives: one row per algorithm, with the bytes it moves and the time predicted for it.
     """
 
-    problem: Problem
+    problem: Problem | GroupProblem
     device: Device
     plan: Plan
     minimum: int
     alternatives: tuple[Alternative, ...]
 
     def __str__(self) -> str:
-        view, config = self.problem.view, self.plan.config
-        order = "[P, C]" if view.channels_last else "[N, C, P]"
+        config = self.plan.config
         lines = [
-            f"{self.problem.direction} of N={view.n} C={view.c} P={view.p} in order {order}, "
+            f"{self.problem.direction} of {self.problem}, "
             f"{str(self.problem.dtype).removeprefix('torch.')}, on {self.device.name}",
             f"-> {self.plan.algorithm} ({self.plan.source}), {config}",
             f"   fewest bytes {self.minimum:,}",
@@ -174,10 +177,12 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(problem: Problem, device: Device, forced: Forced | None = None) -> Explanation:
+def explain(
+    problem: Problem | GroupProblem, device: Device, forced: Forced | None = None
+) -> Explanation:
     """Say which algorithm computes a problem, who decided, and what the others would cost."""
     rows = []
-    for algorithm in ALGORITHMS:
+    for algorithm in algorithms_for(problem):
         reason = algorithm.supports(problem, device)
         if reason is not None:
             rows.append(Alternative(algorithm.name, reason, None, None, None))
@@ -187,4 +192,6 @@ def explain(problem: Problem, device: Device, forced: Forced | None = None) -> E
         seconds = algorithm.predict(problem, config, device)
         rows.append(Alternative(algorithm.name, None, config, moved, seconds * 1e6))
     chosen = choose(problem, device, (), forced)
-    return Explanation(problem, device, chosen, minimum_bytes(problem), tuple(rows))
+    grouped = isinstance(problem, GroupProblem)
+    fewest = minimum_group_bytes(problem) if grouped else minimum_bytes(problem)
+    return Explanation(problem, device, chosen, fewest, tuple(rows))
