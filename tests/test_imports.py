@@ -73,6 +73,7 @@ ROOMS = (
     Room("norms", ours=(*LEAVES, "group_autograd", "functional")),
     Room("functional", ours=(*LEAVES, "autograd", "norms")),
     Room("nn", ours=(*LEAVES, "functional")),
+    Room("norm_nn", ours=(*LEAVES, "functional")),
     Room("joined", ours=(*LEAVES, "nn")),
     Room("conv_nn", ours=("joined", "nn")),
     Room("fold_ops", ours=(*LEAVES, "kernels.folding")),
@@ -83,7 +84,7 @@ ROOMS = (
     Room("fold.*", ours=(*ABOVE, "fold", "fold.*")),
     Room("cli*", ours=("*", ""), theirs=("torch", "triton", "safetensors")),
     Room("__main__", ours=("cli.*",)),
-    Room("", ours=(*ABOVE, "replace", "freeze", "fold", "fold.*")),
+    Room("", ours=(*ABOVE, "norm_nn", "replace", "freeze", "fold", "fold.*")),
 )
 
 
@@ -156,7 +157,16 @@ def test_the_package_keeps_to_the_table(module: str) -> None:
 
 
 BENCH_MAY = {
-    *("", "nn", "functional", "replace", "fold"),  # the public API
+    *(
+        "",
+        "nn",
+        "norm_nn",
+        "functional",
+        "group_problem",
+        "group_reference",
+        "replace",
+        "fold",
+    ),  # the public API
     *("timing", "problem", "plan", "reference", "tune.static", "activation"),
     *(
         "device",

@@ -20,6 +20,12 @@ from .freeze import unfreeze as unfreeze
 from .nn import BatchNorm1d as BatchNorm1d
 from .nn import BatchNorm2d as BatchNorm2d
 from .nn import BatchNorm3d as BatchNorm3d
+from .norm_nn import GroupNorm as GroupNorm
+from .norm_nn import InstanceNorm1d as InstanceNorm1d
+from .norm_nn import InstanceNorm2d as InstanceNorm2d
+from .norm_nn import InstanceNorm3d as InstanceNorm3d
+from .norm_nn import LayerNorm as LayerNorm
+from .norm_nn import RMSNorm as RMSNorm
 from .replace import replace as replace
 from .replace import restore as restore
 from .report import Report as Report

@@ -151,10 +151,8 @@ def rms_norm(
         RuntimeError: what PyTorch refuses, with PyTorch's own message and type.
     """
     input, weight, _, residual = widened("rms_norm", input, weight, None, residual)
-    wide = torch.float64 if input.dtype == torch.float64 else torch.float32
-    known = torch.finfo(wide).eps if eps is None else eps
     y = _rows(
-        "rms_norm", input, normalized_shape, weight, None, known, activation, activation_args,
+        "rms_norm", input, normalized_shape, weight, None, eps, activation, activation_args,
         residual, False,
     )  # fmt: skip
     if y is None:
@@ -248,7 +246,7 @@ def _rows(
     normalized_shape: Sequence[int],
     weight: Tensor | None,
     bias: Tensor | None,
-    eps: float,
+    eps: float | None,
     activation: str | None,
     activation_args: Sequence[float],
     residual: Tensor | None,
@@ -265,6 +263,9 @@ def _rows(
     from . import group_autograd
 
     size = math.prod(shape)
+    if eps is None:
+        wide = torch.float64 if input.dtype == torch.float64 else torch.float32
+        eps = torch.finfo(wide).eps
 
     def rows(t: Tensor) -> Tensor:
         found = t.reshape(-1, size)

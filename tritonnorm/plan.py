@@ -130,6 +130,13 @@ def plan(problem: Problem | GroupProblem, device: Device) -> Plan:
     return choose(problem, device, (), _forced)
 
 
+def fewest_bytes(problem: Problem | GroupProblem) -> int:
+    """`minimum_bytes` or `minimum_group_bytes`, by the kind of problem."""
+    if isinstance(problem, GroupProblem):
+        return minimum_group_bytes(problem)
+    return minimum_bytes(problem)
+
+
 @dataclass(frozen=True)
 class Alternative:
     """One algorithm's answer to a problem: why not, or how and at what cost."""
@@ -192,6 +199,4 @@ def explain(
         seconds = algorithm.predict(problem, config, device)
         rows.append(Alternative(algorithm.name, None, config, moved, seconds * 1e6))
     chosen = choose(problem, device, (), forced)
-    grouped = isinstance(problem, GroupProblem)
-    fewest = minimum_group_bytes(problem) if grouped else minimum_bytes(problem)
-    return Explanation(problem, device, chosen, fewest, tuple(rows))
+    return Explanation(problem, device, chosen, fewest_bytes(problem), tuple(rows))

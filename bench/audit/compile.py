@@ -18,11 +18,14 @@ from typing import Any
 import torch
 
 from bench.call import DIRECTIONS, Call, Direction
+from bench.norm_call import NormCall
 from bench.processes import Job, Progress, run_jobs, silent
 from tritonnorm.device import KNOWN, simulated
+from tritonnorm.group_problem import GroupProblem
 from tritonnorm.kernels import BY_NAME
 from tritonnorm.kernels.base import Config
 from tritonnorm.plan import force_plan, plan
+from tritonnorm.problem import Problem
 from tritonnorm.tune.static import KernelReport
 
 __all__ = ["GPUS", "CompileCase", "CompileRow", "audit", "audit_in_children", "cases"]
@@ -45,7 +48,7 @@ class CompileCase:
             kernel.
     """
 
-    call: Call
+    call: Call | NormCall
     algorithm: str
     target: str
     every_config: bool = True
@@ -153,7 +156,9 @@ def expected_width(case: CompileCase, direction: Direction, config: Config) -> i
     device = KNOWN[GPUS[case.target]]
     contiguous = config.block_c if problem.view.channels_last else config.block_p
     of_thread = max(1, config.tile // (config.num_warps * device.warp))
-    elements = min(problem.vector, contiguous, of_thread)
+    strips = case.algorithm == "group_resident"  # a program has the channels of one group
+    vector = problem.strip if strips and isinstance(problem, GroupProblem) else problem.vector
+    elements = min(vector, contiguous, of_thread)
     return min(WIDE, elements * case.call.dtype.itemsize * 8)
 
 
@@ -214,12 +219,13 @@ def audit(case: CompileCase) -> list[CompileRow]:
 def _check_found(case: CompileCase, direction: Direction, rows: Sequence[CompileRow]) -> None:
     """Refuse to call a kernel fine because its accesses were not recognised."""
     problem = case.call.problem(direction)
+    mask = isinstance(problem, Problem) and problem.mask
     if direction == "forward":
-        wanted = {"x": True, "y": True, "residual": problem.reads_residual, "mask": problem.mask}
+        wanted = {"x": True, "y": True, "residual": problem.reads_residual, "mask": mask}
     else:
-        wanted = {"dy": True, "x": problem.reads_input, "residual": problem.reads_residual}
-        wanted |= {"dx": problem.needs_dx, "dresidual": problem.needs_dresidual}
-        wanted |= {"mask": problem.mask}
+        reads_input = not isinstance(problem, Problem) or problem.reads_input
+        wanted = {"dy": True, "x": reads_input, "residual": problem.reads_residual}
+        wanted |= {"dx": problem.needs_dx, "dresidual": problem.needs_dresidual, "mask": mask}
     found = {name for row in rows for name in row.widths}
     found |= {"mask" for row in rows if row.mask_width}
     if missing := [name for name, needed in wanted.items() if needed and name not in found]:

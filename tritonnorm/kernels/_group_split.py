@@ -60,16 +60,16 @@ def moments_kernel(
     """Moments of one range of channels (rows) or positions."""
     ACC: tl.constexpr = partial_ptr.dtype.element_ty
     C, K, P = groups.extents(G, K, P, VEC, CHANNELS_LAST, False)
-    _, _, _, _, x_n, x_c, x_p, x_lane = groups.frame(
+    _s_n, _s_c, _s_p, _lane, x_n, x_c, x_p, x_lane = groups.frame(
         C, P, xs_n, xs_c, xs_p, BLOCK_C, BLOCK_P, CHANNELS_LAST
     )
+    first, last = range_of(tl.program_id(1), PER_SPLIT, CHUNKS)
     count = tl.zeros([], ACC)
     mean = groups.total(tl.zeros([BLOCK_C, BLOCK_P], ACC), PER)
     m2 = groups.total(tl.zeros([BLOCK_C, BLOCK_P], ACC), PER)
-    first, last = range_of(tl.program_id(1), PER_SPLIT, CHUNKS)
     for chunk in range(first, last):
         n, c0, p0 = summed_tile(tl.program_id(0), chunk, C, BLOCK_C, BLOCK_P, PER)
-        _, _, valid = groups.lanes(c0, C, p0, P, BLOCK_C, BLOCK_P)
+        _c, _p, valid = groups.lanes(c0, C, p0, P, BLOCK_C, BLOCK_P)
         x_at = n * x_n + c0 * x_c + p0 * x_p + x_lane
         x = tl.load(x_ptr + x_at, mask=valid, other=0.0).to(ACC)
         if PER == groups.POSITION:
@@ -83,7 +83,7 @@ def moments_kernel(
             tile_mean = mean
         tile_m2 = groups.total(x * x, PER)
         count, mean, m2 = moments.merge_moments(count, mean, m2, size, tile_mean, tile_m2)
-    n, c0, p0 = summed_tile(tl.program_id(0), 0, C, BLOCK_C, BLOCK_P, PER)
+    n, c0, p0 = summed_tile(tl.program_id(0), first, C, BLOCK_C, BLOCK_P, PER)
     c, p, _ = groups.lanes(c0, C, p0, P, BLOCK_C, BLOCK_P)
     at, there = sum_index(n, c, p, C, P, PER)
     plane = tl.num_programs(1).to(tl.int64) * SUMS
@@ -187,16 +187,16 @@ def sums_kernel(
     s_n, s_c, s_p, lane, x_n, x_c, x_p, x_lane = groups.frame(
         C, P, xs_n, xs_c, xs_p, BLOCK_C, BLOCK_P, CHANNELS_LAST
     )
+    first, last = range_of(tl.program_id(1), PER_SPLIT, CHUNKS)
     sum_g = groups.total(tl.zeros([BLOCK_C, BLOCK_P], ACC), PER)
     sum_gn = groups.total(tl.zeros([BLOCK_C, BLOCK_P], ACC), PER)
-    n, c0, p0 = summed_tile(tl.program_id(0), 0, C, BLOCK_C, BLOCK_P, PER)
+    n, c0, p0 = summed_tile(tl.program_id(0), first, C, BLOCK_C, BLOCK_P, PER)
     c, p, _ = groups.lanes(c0, C, p0, P, BLOCK_C, BLOCK_P)
     at, there = groups.statistic_index(n, c, C, p, G, K, P, PER)
     rstd = tl.load(rstd_ptr + at, mask=there, other=0.0)
     mean = rstd
     if CENTRED:
         mean = tl.load(mean_ptr + at, mask=there, other=0.0)
-    first, last = range_of(tl.program_id(1), PER_SPLIT, CHUNKS)
     for chunk in range(first, last):
         n, c0, p0 = summed_tile(tl.program_id(0), chunk, C, BLOCK_C, BLOCK_P, PER)
         c, p, valid = groups.lanes(c0, C, p0, P, BLOCK_C, BLOCK_P)
@@ -210,7 +210,7 @@ def sums_kernel(
         )  # fmt: skip
         sum_g += groups.total(g * weight, PER)
         sum_gn += groups.total(g * weight * normal, PER)
-    n, c0, p0 = summed_tile(tl.program_id(0), 0, C, BLOCK_C, BLOCK_P, PER)
+    n, c0, p0 = summed_tile(tl.program_id(0), first, C, BLOCK_C, BLOCK_P, PER)
     c, p, _ = groups.lanes(c0, C, p0, P, BLOCK_C, BLOCK_P)
     at, there = sum_index(n, c, p, C, P, PER)
     row = partial_ptr + tl.program_id(1).to(tl.int64) * SUMS + at

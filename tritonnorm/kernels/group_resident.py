@@ -35,6 +35,7 @@ from .group_base import (
 # Warps of a program -> 32-bit registers a thread may spend on what it keeps; with 16 warps it has
 # 128 at the most. The compile audit shows no spill within them on sm_80, sm_90, sm_100 and gfx942.
 PAYLOAD = {1: 32, 2: 32, 4: 64, 8: 64, 16: 40}
+PAYLOAD_OF_ONE_TILE = 56  # the same with 16 warps where nothing else has to be addressed
 TILE = 4096  # elements of a chunk
 ROW_TILE = 2048  # elements of a tile of short rows
 # Warps that the programs of a backward have on each multiprocessor: more of them would lengthen the
@@ -92,7 +93,7 @@ def tile_of(problem: GroupProblem, threads: int, device: Device) -> tuple[int, i
     if view.channels_last:
         block_c = min(next_power_of_2(extent), 16)
         if problem.per == "group":
-            block_c = power_of_two_blocks(extent, 64, 1)
+            block_c = power_of_two_blocks(extent, 64, 16)
         return block_c, power_of_two_blocks(view.p, limit // block_c, max(1, least // block_c))
     block_p = power_of_two_blocks(view.p, limit, 64)
     if problem.per == "channel":
@@ -155,7 +156,10 @@ class GroupResident:
             threads = warps * device.warp
             block_c, block_p = tile_of(problem, threads, device)
             config = Config(block_c, 1, block_p, num_warps=warps)
-            if math.prod(chunks_of(problem, config)) * config.tile * kept <= payload * threads:
+            chunks = math.prod(chunks_of(problem, config))
+            if warps == 16 and chunks == 1:
+                payload = PAYLOAD_OF_ONE_TILE
+            if chunks * config.tile * kept <= payload * threads:
                 return self._parted(problem, device, config)
         return None
 
