@@ -12,11 +12,11 @@ from torch import Tensor
 from tritonnorm.group_problem import GroupProblem
 
 from ._group_combine import combine_parameters_kernel
-from .base import Config, Launch, cdiv
+from .base import Config, Launch, cdiv, next_power_of_2
 
 PER = {"position": 0, "group": 1, "channel": 2}  # the constants of `_groups`
 SECTOR = 32  # bytes that a GPU moves from DRAM at least
-COMBINE = {"BLOCK_C": 8, "BLOCK_S": 128}  # [parts, channels] tiles of the combine kernels
+COMBINE_TILE = 1024  # elements of a [parts, channels] tile of the combine kernels
 
 
 @dataclass(slots=True)
@@ -67,13 +67,21 @@ def group_meta(problem: GroupProblem, config: Config, strips: bool) -> dict[str,
     }
 
 
+def combine_blocks(size: int) -> dict[str, int]:
+    """Tiles for a combine of ``size`` results: 8 of them (a sector), more where they are so many
+    that a thousand programs have work all the same."""
+    block = max(8, min(COMBINE_TILE, next_power_of_2(cdiv(size, 1024))))
+    return {"BLOCK_C": block, "BLOCK_S": COMBINE_TILE // block}
+
+
 def combine_parameters_launch(
     problem: GroupProblem, parts: int
 ) -> Callable[[GroupBackward, torch.Tensor], None]:
     """`combine_parameters_kernel` over partial sums ``[2, parts, C]``."""
     c = problem.view.c
-    grid = (cdiv(c, COMBINE["BLOCK_C"]),)
-    launch = Launch(combine_parameters_kernel, grid, (c, parts), 4, **COMBINE)
+    blocks = combine_blocks(c)
+    grid = (cdiv(c, blocks["BLOCK_C"]),)
+    launch = Launch(combine_parameters_kernel, grid, (c, parts), 4, **blocks)
 
     def run(a: GroupBackward, partial: torch.Tensor) -> None:
         launch(partial, a.dweight, a.dbias)

@@ -27,10 +27,10 @@ from .base import (
     predicted_seconds,
 )
 from .group_base import (
-    COMBINE,
     PER,
     GroupBackward,
     GroupForward,
+    combine_blocks,
     combine_parameters_launch,
     group_meta,
     group_sizes,
@@ -187,7 +187,9 @@ def _over_sums(problem: GroupProblem, config: Config) -> tuple[int, int, tuple[A
 def _combine(kernel: Any, problem: GroupProblem, splits: int) -> Launch:
     of_group = 1 if problem.rows else problem.channels
     sizes = (splits, of_group, problem.statistics)
-    return Launch(kernel, (cdiv(problem.statistics, COMBINE["BLOCK_C"]),), sizes, 4, **COMBINE)
+    blocks = combine_blocks(problem.statistics)
+    grid = (cdiv(problem.statistics, blocks["BLOCK_C"]),)
+    return Launch(kernel, grid, sizes, 4, **blocks)
 
 
 def _meta(problem: GroupProblem, config: Config) -> dict[str, Any]:
