@@ -67,6 +67,11 @@ def test_opcheck_backward(arguments: tuple[Any, ...], needs: list[bool]) -> None
     opcheck(OPS.group_norm_backward, backward_sample(needs, *arguments))
 
 
+def test_opcheck_update() -> None:
+    vectors = (tensor(3), tensor(3, seed=1).abs(), tensor(6), tensor(6, seed=2).abs() + 1.0)
+    opcheck(OPS.instance_norm_update, (*vectors, 4, 0.1, 1e-5))
+
+
 @pytest.mark.parametrize("layout", [*LAYOUTS, "batch_inner"])
 def test_fake_strides_are_the_real_ones(layout: str) -> None:
     arguments = sample((3, 4, 2, 3), layout, 2, residual=True, activation="relu")

@@ -38,6 +38,11 @@ _library.define(
     "-> (Tensor dinput, Tensor dresidual, Tensor dweight, Tensor dbias)",
     tags=_tags,
 )
+_library.define(
+    "instance_norm_update(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, "
+    "Tensor rstd, int count, float momentum, float eps) -> ()",
+    tags=_tags,
+)
 
 
 class GroupRecipe(NamedTuple):
@@ -208,7 +213,26 @@ def _gradients(
     )
 
 
+def _update(
+    running_mean: Tensor,
+    running_var: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    count: int,
+    momentum: float,
+    eps: float,
+) -> None:
+    """Move the running statistics ``[C]`` towards the means over the samples of the mean and the
+    unbiased variance of each instance ``[N * C]`` of ``count`` values."""
+    torch.autograd.graph.increment_version([running_mean, running_var])
+    shape = (-1, running_mean.numel())
+    var = (rstd.square().reciprocal() - eps).clamp(min=0.0).reshape(shape).mean(0)
+    running_mean.lerp_(mean.reshape(shape).mean(0).to(running_mean.dtype), momentum)
+    running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
+
+
 for _key in ("CUDA", "CPU"):
+    _library.impl("instance_norm_update", _update, _key)
     _library.impl("group_norm", _forward, _key)
     _library.impl("group_norm_backward", _backward, _key)
 
@@ -222,6 +246,11 @@ def _(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
 @torch.library.register_fake("tritonnorm::group_norm_backward", lib=_library)
 def _(grad: Tensor, input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _gradients(input, args[1], args[2], args[-1])
+
+
+@torch.library.register_fake("tritonnorm::instance_norm_update", lib=_library)
+def _(*args: Any) -> None:
+    return None
 
 
 def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -70,9 +70,7 @@ def group_norm(
         return _epilogue(y, residual, activation, activation_args)
     from . import group_autograd
 
-    return group_autograd.group_norm(
-        input, residual, weight, bias, num_groups, True, eps, *fine
-    )[0]  # fmt: skip
+    return group_autograd.group_norm(input, residual, weight, bias, num_groups, True, eps, *fine)[0]
 
 
 def layer_norm(
@@ -226,17 +224,14 @@ def instance_norm(
         return _epilogue(y, residual, **epilogue)
     from . import group_autograd
 
+    own_eps = eps + 0.0  # dynamo loses a float that it first meets within an autograd.Function
     y, mean, rstd = group_autograd.group_norm(
         input, residual, weight, bias, input.shape[1], True, eps, *fine
     )
     if running_mean is not None and running_var is not None:
-        count = input.numel() // mean.numel()
-        with torch.no_grad():
-            shape = input.shape[:2]
-            var = (rstd.square().reciprocal() - eps).reshape(shape).mean(0)
-            var = var.clamp(min=0.0) * (count / (count - 1))
-            running_mean.lerp_(mean.reshape(shape).mean(0).to(running_mean.dtype), momentum)
-            running_var.lerp_(var.to(running_var.dtype), momentum)
+        torch.ops.tritonnorm.instance_norm_update(
+            running_mean, running_var, mean, rstd, input[0, 0].numel(), momentum, own_eps
+        )
     return y
 
 

@@ -5,7 +5,7 @@ The module objects stay, and with them parameters, buffers, hooks, flags and sta
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 
 from tritonnorm import nn as ours
 from tritonnorm.report import LEFT, Report, Row
+from tritonnorm.swap_norms import check_norms, restore_norms, swap_norms
 
 __all__ = ["replace", "restore"]
 
@@ -31,6 +32,7 @@ _ADDED = {"activation": None, "activation_args": ()}
 def replace(
     model: nn.Module,
     *,
+    norms: Collection[str] = ("batch",),
     example_inputs: Any = None,
     fuse: bool = True,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
@@ -43,6 +45,7 @@ def replace(
 
     Args:
         model: the model; it is edited, and it may itself be a batch norm.
+        norms: which kinds: "batch", "group", "layer", "instance", "rms".
         example_inputs: inputs for the stage that fuses activations; not used in this version.
         fuse: also fuse the activation and the addition after a batch norm. This version swaps the
             modules only, and a note in the report says so.
@@ -53,16 +56,17 @@ def replace(
         The same model and the report, one row per batch norm.
 
     Raises:
-        ValueError: the model is not a module. The model is as before then, as it is when
-            `filter_fn` or anything else raises part-way.
+        ValueError: the model is not a module, or a name in `norms` is unknown. The model is as
+            before then, as it is when `filter_fn` or anything else raises part-way.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_norms(norms)
     report = Report("replace", dry_run=dry_run)
     whole = _model_reason(model)
     chosen: list[nn.Module] = []
     for name, module in model.named_modules():
-        if not _is_batch_norm(module):
+        if "batch" not in norms or not _is_batch_norm(module):
             continue
         shown, kind = name or "(root)", _kind(module)
         reason = whole or _inside_reason(model, name) or _reason(module)
@@ -80,6 +84,8 @@ def replace(
             "activations and additions after the batch norms were not fused: this version of "
             "replace swaps the modules only"
         )
+    if whole is None:
+        report.rows += swap_norms(model, norms, filter_fn, dry_run)
     if not dry_run:
         _swap(chosen)
     return model, report
@@ -100,6 +106,7 @@ def restore(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if type(module) in original and module.__dict__.get(_MARK):
             _to_plain(module, original[type(module)])
+    restore_norms(model)
     return model
 
 

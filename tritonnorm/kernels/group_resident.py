@@ -35,6 +35,7 @@ from .group_base import (
 # Warps of a program -> 32-bit registers a thread may spend on what it keeps; with 16 warps it has
 # 128 at the most. The compile audit shows no spill within them on sm_80, sm_90, sm_100 and gfx942.
 PAYLOAD = {1: 32, 2: 32, 4: 64, 8: 64, 16: 40}
+PAYLOAD_BACKWARD = {1: 32, 2: 32, 4: 40, 8: 60, 16: 24}
 PAYLOAD_OF_ONE_TILE = 56  # the same with 16 warps where nothing else has to be addressed
 TILE = 4096  # elements of a chunk
 ROW_TILE = 2048  # elements of a tile of short rows
@@ -152,7 +153,8 @@ class GroupResident:
     def _fitting(self, problem: GroupProblem, device: Device) -> Config | None:
         """The smallest program that holds a group, or None."""
         kept = registers_kept(problem)
-        for warps, payload in PAYLOAD.items():
+        payloads = PAYLOAD if problem.direction == "forward" else PAYLOAD_BACKWARD
+        for warps, payload in payloads.items():
             threads = warps * device.warp
             block_c, block_p = tile_of(problem, threads, device)
             config = Config(block_c, 1, block_p, num_warps=warps)
