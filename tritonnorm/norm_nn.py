@@ -6,6 +6,7 @@ Each computes ``activation(norm(input) + residual)``.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,15 @@ from torch.overrides import has_torch_function
 from . import functional
 from .activation import resolve
 
+# torch >= 2.13 builds group and instance norms with a weight and no bias.
+_HAS_BIAS_ARGUMENT = "bias" in inspect.signature(torch.nn.GroupNorm).parameters
+
+
+def _bias(module: torch.nn.Module, bias: bool) -> None:
+    """Without a bias, also where torch has no argument for that."""
+    if not bias and not _HAS_BIAS_ARGUMENT:
+        module.register_parameter("bias", None)
+
 
 class _Fused(torch.nn.Module):
     """Activation and residual; mixed in before the torch class."""
@@ -23,15 +33,9 @@ class _Fused(torch.nn.Module):
     activation: str | None = None
     activation_args: tuple[float, ...] = ()
 
-    def __init__(
-        self,
-        *args: Any,
-        activation: str | None = None,
-        activation_args: Sequence[float] = (),
-        **kwargs: Any,
-    ) -> None:
+    def _fuse(self, activation: str | None, activation_args: Sequence[float]) -> None:
+        """Set the epilogue; torch's constructor has run."""
         act, _ = resolve(activation, activation_args)
-        super().__init__(*args, **kwargs)
         self.activation = act.name if act else None
         self.activation_args = tuple(float(a) for a in activation_args)
 
@@ -61,12 +65,31 @@ class GroupNorm(_Fused, torch.nn.GroupNorm):
         affine: learn a weight and a bias per channel.
         device: of the parameters.
         dtype: of the parameters.
+        bias: learn a bias, if affine.
         activation: name of an activation of `tritonnorm.activation.ACTIVATIONS`, or None.
         activation_args: its parameters.
 
     Raises:
         ValueError: the activation is unknown or its parameters are too many, or what torch refuses.
     """
+
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        activation: str | None = None,
+        activation_args: Sequence[float] = (),
+    ) -> None:
+        options = {"bias": bias} if _HAS_BIAS_ARGUMENT else {}
+        super().__init__(num_groups, num_channels, eps, affine, device, dtype, **options)
+        _bias(self, bias)
+        self._fuse(activation, activation_args)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """``activation(group_norm(input) + residual)``.
@@ -98,6 +121,21 @@ class LayerNorm(_Fused, torch.nn.LayerNorm):
         ValueError: the activation is unknown or its parameters are too many.
     """
 
+    def __init__(
+        self,
+        normalized_shape: Any,
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: str | None = None,
+        activation_args: Sequence[float] = (),
+    ) -> None:
+        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
+        self._fuse(activation, activation_args)
+
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """``activation(layer_norm(input) + residual)``.
 
@@ -127,6 +165,20 @@ class RMSNorm(_Fused, torch.nn.RMSNorm):
         ValueError: the activation is unknown or its parameters are too many.
     """
 
+    def __init__(
+        self,
+        normalized_shape: Any,
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: str | None = None,
+        activation_args: Sequence[float] = (),
+    ) -> None:
+        super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
+        self._fuse(activation, activation_args)
+
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """``activation(rms_norm(input) + residual)``.
 
@@ -141,6 +193,27 @@ class RMSNorm(_Fused, torch.nn.RMSNorm):
 
 class _InstanceNorm(_Fused, torch.nn.modules.instancenorm._InstanceNorm):
     """Shared by the three modules; mixed in before the torch class of each rank."""
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        affine: bool = False,
+        track_running_stats: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        activation: str | None = None,
+        activation_args: Sequence[float] = (),
+    ) -> None:
+        options = {"bias": bias} if _HAS_BIAS_ARGUMENT else {}
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device, dtype, **options
+        )
+        _bias(self, bias)
+        self._fuse(activation, activation_args)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """``activation(instance_norm(input) + residual)``.
@@ -180,7 +253,7 @@ class InstanceNorm1d(_InstanceNorm, torch.nn.InstanceNorm1d):
         track_running_stats: keep running statistics, and use them in eval mode.
         device: of the parameters and buffers.
         dtype: of the parameters and buffers.
-        bias: learn a bias, if affine (torch 2.13 or later).
+        bias: learn a bias, if affine.
         activation: name of an activation of `tritonnorm.activation.ACTIVATIONS`, or None.
         activation_args: its parameters.
 
