@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bench.call import Direction
@@ -167,23 +168,40 @@ class NormTensors:
         """What a gradient is asked for, of x, residual, weight and bias."""
         return [t for t in self.all if t is not None and t.requires_grad]
 
-    def by(self, module: Any, **options: Any) -> Tensor:
-        """The norm by the functions of a module that has torch's: ours, or torch's own."""
-        c = self.call
-        if c.norm == "group":
-            return module.group_norm(self.x, c.groups, self.weight, self.bias, **options)
-        if c.norm == "instance":
-            return module.instance_norm(self.x, weight=self.weight, bias=self.bias, **options)
-        shape = (c.shape[-1],)
-        if c.norm == "layer":
-            return module.layer_norm(self.x, shape, self.weight, self.bias, **options)
-        return module.rms_norm(self.x, shape, self.weight, **options)
-
     def forward(self, **options: Any) -> Tensor:
         """The output, by this library."""
         fused = {"activation": self.call.activation, "residual": self.residual}
-        return self.by(functional, **fused, **options)
+        return normed(functional, self.call, self.x, self.weight, self.bias, **fused, **options)
 
     def backward(self, y: Tensor) -> tuple[Tensor, ...]:
         """The gradients of `inputs` for the upstream gradient dy; the graph stays."""
         return torch.autograd.grad(y, self.inputs, self.dy, retain_graph=True)
+
+
+def normed(
+    module: Any, call: NormCall, x: Tensor, weight: Tensor, bias: Tensor | None, **options: Any
+) -> Tensor:
+    """The norm by the functions of a module that has torch's: ours, or torch's own."""
+    y: Tensor
+    if call.norm == "group":
+        y = module.group_norm(x, call.groups, weight, bias, **options)
+    elif call.norm == "instance":
+        y = module.instance_norm(x, weight=weight, bias=bias, **options)
+    elif call.norm == "layer":
+        y = module.layer_norm(x, call.shape[-1:], weight, bias, **options)
+    else:
+        y = module.rms_norm(x, call.shape[-1:], weight, **options)
+    return y
+
+
+def operators(
+    call: NormCall, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """The norm, the addition and the activation in PyTorch's operators. Parameters are cast, as
+    autocast would, for kernels that take one dtype only."""
+    w, b = (None if t is None else t.to(x.dtype) for t in (weight, bias))
+    assert w is not None
+    y = normed(F, call, x, w, b)
+    if residual is not None:
+        y = y + residual
+    return ACTIVATIONS[call.activation].function(y) if call.activation else y

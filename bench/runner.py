@@ -105,7 +105,7 @@ def measure(
     try:
         for provider in providers:
             try:
-                found = provider.declines(case) or _ready(case, provider, sets, machine)
+                found = provider.refuses(case) or _ready(case, provider, sets, machine)
             except Exception as error:  # a peer may fail in any way; the others are measured
                 found = one_line(error, most=200)
             if isinstance(found, str):

@@ -78,13 +78,13 @@ OF_OPTIONS = [
 OF_SIZE = [
     NormCase(norm, shape, groups, layout, dtype, **_KINDS[3])
     for norm, shape, groups in (
-        ("group", (1, 7, 7, 7), 7), ("group", (2, 30, 3, 3), 3), ("group", (3, 10), 2),
+        ("group", (1, 7, 7, 7), 7), ("group", (2, 15, 3, 3), 3), ("group", (3, 10), 2),
         ("group", (3, 10), 1), ("group", (2, 9, 1, 1), 3), ("group", (1, 2, 1, 67), 1),
         ("group", (2, 40, 1, 3), 2), ("group", (2, 66, 5), 33), ("instance", (3, 5, 7, 7), 1),
         ("instance", (1, 1, 2, 2), 1), ("instance", (2, 70, 3), 1), ("instance", (2, 3, 131), 1),
         ("layer", (1, 1), 1), ("layer", (7, 1), 1), ("layer", (1, 1025), 1), ("layer", (67, 2), 1),
         ("layer", (2, 3, 5, 130), 1), ("rms", (9, 640), 1), ("rms", (1, 1), 1),
-        ("rms", (129, 3), 1),
+        ("rms", (37, 3), 1),
     )
     for layout in ("contiguous", "channels_last")
     if layout == "contiguous" or (len(shape) == 4 and norm not in ("layer", "rms"))

@@ -115,6 +115,20 @@ def unsupported(input: Tensor, vectors: Iterable[tuple[str, Tensor | None]]) -> 
     return None
 
 
+def refused_vectors(
+    input: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None
+) -> str | None:
+    """Why PyTorch must look at a weight and a bias, or None."""
+    for name, vector in (("weight", weight), ("bias", bias)):
+        if vector is None:
+            continue
+        if tuple(vector.shape) != shape:
+            return f"{name} is of shape {tuple(vector.shape)}"
+        if vector.device != input.device:
+            return f"{name} is on {vector.device}, and input on {input.device}"
+    return None
+
+
 def has_triton() -> bool:
     """Whether triton can be imported; looked up once."""
     global _triton

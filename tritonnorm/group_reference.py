@@ -57,11 +57,9 @@ def forward(
     residual: Tensor | None = None,
 ) -> Tensor:
     """Group norm of ``x [N, C, ...]`` in float64, then the residual and the activation."""
-    x, w, b, z = _doubles(x, weight, bias, residual)
-    assert x is not None
-    return apply(
-        *resolve(activation, activation_args), pre_activation(x, groups, w, b, z, eps, centred)
-    )
+    w, b, z = (None if t is None else t.double() for t in (weight, bias, residual))
+    v = pre_activation(x.double(), groups, w, b, z, eps, centred)
+    return apply(*resolve(activation, activation_args), v)
 
 
 def backward(
@@ -82,8 +80,8 @@ def backward(
     group: dbias = sum g, dweight = sum g x̂, dx = r (h - mean h - x̂ mean(h x̂)). Not centred the
     term mean h is absent.
     """
-    dy_, x_, w, b, z = _doubles(dy, x, weight, bias, residual)
-    assert dy_ is not None and x_ is not None
+    dy_, x_ = dy.double(), x.double()
+    w, b, z = (None if t is None else t.double() for t in (weight, bias, residual))
     found, args = resolve(activation, activation_args)
     with torch.enable_grad():
         v = pre_activation(x_, groups, w, b, z, eps, centred).detach().requires_grad_()
@@ -99,7 +97,3 @@ def backward(
     dx = (inner * torch.rsqrt(values.square().mean(2, keepdim=True) + eps)).reshape(x_.shape)
     others = [d for d in range(x_.dim()) if d != 1]
     return Backward(dx, g, (g * normal).sum(others), g.sum(others))
-
-
-def _doubles(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if t is None else t.double() for t in tensors]

@@ -17,6 +17,7 @@ from .conditions import (
     check_residual,
     log_once,
     overridden,
+    refused_vectors,
     surroundings,
     unsupported,
     widened,
@@ -266,13 +267,13 @@ def _rows(
         found = t.reshape(-1, size)
         return found if found.stride(1) == 1 or size == 1 else found.contiguous()
 
-    y, _, _ = group_autograd.group_norm(
+    y = group_autograd.group_norm(
         rows(input),
         None if residual is None else rows(residual),
         None if weight is None else weight.reshape(-1),
         None if bias is None else bias.reshape(-1),
         *(1, centred, eps, *fine),
-    )
+    )[0]
     return y.reshape(input.shape)
 
 
@@ -313,12 +314,12 @@ def _accept(
 def _refused_channels(
     input: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None
 ) -> str | None:
-    """Why PyTorch must look at a group or instance norm, or None."""
+    """Why PyTorch must look at it, or None."""
     if input.dim() < 2 or groups < 1 or input.shape[1] % groups:
         return f"an input of shape {tuple(input.shape)} in {groups} groups"
     if input.numel() == groups:
         return "a single value in each group"
-    return _refused_vectors(input, (input.shape[1],), weight, bias)
+    return refused_vectors(input, (input.shape[1],), weight, bias)
 
 
 def _refused_rows(
@@ -327,20 +328,7 @@ def _refused_rows(
     """Why PyTorch must look at a layer or RMS norm, or None."""
     if not shape or tuple(input.shape[-len(shape) :]) != shape:
         return f"an input of shape {tuple(input.shape)} over {shape}"
-    return _refused_vectors(input, shape, weight, bias)
-
-
-def _refused_vectors(
-    input: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None
-) -> str | None:
-    for name, vector in (("weight", weight), ("bias", bias)):
-        if vector is None:
-            continue
-        if tuple(vector.shape) != shape:
-            return f"{name} is of shape {tuple(vector.shape)}"
-        if vector.device != input.device:
-            return f"{name} is on {vector.device}, and input on {input.device}"
-    return None
+    return refused_vectors(input, shape, weight, bias)
 
 
 def _epilogue(

@@ -55,13 +55,14 @@ def swap_norms(
         A row for each norm of these kinds.
     """
     table = {k: v for kind in norms for k, v in SWAPS.get(kind, {}).items()}
-    ours, rows = tuple(table.values()), []
+    theirs, ours = tuple(table), tuple(table.values())
+    rows: list[Row] = []
     chosen: list[nn.Module] = []
     compiled: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if _is_compiled(module):
             compiled = (*compiled, f"{name}." if name else "")
-        if not isinstance(module, tuple(table)):
+        if not isinstance(module, theirs):
             continue
         reason = _reason(module, table, ours)
         if reason is None and (_is_compiled(module) or name.startswith(compiled or "\0")):
