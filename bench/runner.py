@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -97,7 +98,7 @@ def measure(
         reason = f"needs about {needed / 1e9:.1f} GB of device memory, {free / 1e9:.1f} GB are free"
         return [], [SkippedRow(provider.name, str(case), reason) for provider in providers]
     generator = torch.Generator(machine.device).manual_seed(options.seed)
-    sets = [
+    sets: list[Any] = [
         case.call.tensors(machine.device, generator) for _ in range(_sets(case, machine, options))
     ]
     skipped: list[SkippedRow] = []

@@ -88,12 +88,14 @@ class Cudnn(Provider):
 
     def setup(self, case: Case) -> Forward:
         momentum, eps = 0.1, 1e-5
+        call = case.call
+        assert isinstance(call, Call)  # it has no other norms
 
         def forward(t: Tensors) -> Tensor:
             y, *_ = torch.cudnn_batch_norm(
                 *(t.x, t.weight, t.bias, t.running_mean, t.running_var, t.call.training),
                 *(momentum, eps),
             )
-            return epilogue(case.call, y, t.residual, t.counter)
+            return epilogue(call, y, t.residual, t.counter)
 
         return forward
