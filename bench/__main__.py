@@ -143,7 +143,7 @@ def _selection(command: argparse.ArgumentParser, suite: str) -> None:
             options |= {"type": _list, "metavar": "A,B,..."}
         command.add_argument(name, **options)
 
-    command.add_argument("--suite", default=suite, help="quick, resnet50, efficientnet_b0, ...")
+    command.add_argument("--suite", default=suite, help="quick, resnet50, norms, ...")
     add("--ops", default=["own"], help="own (the layer's), BN, BN+relu, BN+add+relu, ...")
     add("--dtype", default=["bf16"], help="bf16, fp16, fp32, fp64")
     add("--layout", help="NHWC, NCHW; default: those of the suite")

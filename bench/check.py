@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from bench.call import Tensors
+from bench.norm_call import NormTensors
+from bench.norm_check import norm_errors
 from bench.providers.base import Forward, Provider
 from bench.suites import Case
 from tritonnorm import reference
@@ -72,6 +74,8 @@ def check(case: Case, provider: Provider, forward: Forward, tensors: Tensors) ->
     Raises:
         WrongResult: one of them is beyond `tolerance`, or of another shape, dtype or device.
     """
+    if isinstance(tensors, NormTensors):
+        return _check_norm(case, provider, forward, tensors)
     dy = _settled(case, tensors) if "backward" in case.mode else tensors.dy
     found = _run(case, provider, forward, tensors, dy)
     like = tensors.x
@@ -86,6 +90,24 @@ def check(case: Case, provider: Provider, forward: Forward, tensors: Tensors) ->
         if not result.relative <= limit:
             raise WrongResult(f"wrong {name}: error {result.relative:.1e}, more than {limit:.1e}")
     return max(result.relative for result in worst.values())
+
+
+def _check_norm(case: Case, provider: Provider, forward: Forward, t: NormTensors) -> float:
+    """`check` for the other norms, with smooth activations."""
+    with provider.around():
+        y = forward(t)  # type: ignore[arg-type]  # a provider that has norms takes their tensors
+        gradients = t.backward(y) if "backward" in case.mode else ()
+    if (y.shape, y.dtype) != (t.x.shape, t.x.dtype):
+        raise WrongResult(f"y is {y.dtype} of shape {tuple(y.shape)}")
+    named = ("x", "residual", "weight", "bias")
+    wanted = [n for n in named if getattr(t, n) is not None and getattr(t, n).requires_grad]
+    found = dict(zip(wanted, gradients, strict=False))
+    errors = norm_errors(t.call, t, y.detach(), found)
+    limit = tolerance(case.call.dtype)
+    for name, error in errors.items():
+        if not error <= limit:
+            raise WrongResult(f"wrong {name}: error {error:.1e}, more than {limit:.1e}")
+    return max(errors.values())
 
 
 def _run(case: Case, provider: Provider, forward: Forward, given: Tensors, dy: Tensor) -> _Found:

@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -97,7 +98,7 @@ def measure(
         reason = f"needs about {needed / 1e9:.1f} GB of device memory, {free / 1e9:.1f} GB are free"
         return [], [SkippedRow(provider.name, str(case), reason) for provider in providers]
     generator = torch.Generator(machine.device).manual_seed(options.seed)
-    sets = [
+    sets: list[Any] = [
         case.call.tensors(machine.device, generator) for _ in range(_sets(case, machine, options))
     ]
     skipped: list[SkippedRow] = []
@@ -105,7 +106,7 @@ def measure(
     try:
         for provider in providers:
             try:
-                found = provider.declines(case) or _ready(case, provider, sets, machine)
+                found = provider.refuses(case) or _ready(case, provider, sets, machine)
             except Exception as error:  # a peer may fail in any way; the others are measured
                 found = one_line(error, most=200)
             if isinstance(found, str):

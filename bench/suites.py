@@ -9,8 +9,10 @@ import torch
 
 from bench.call import Call
 from bench.layers import NETWORKS, Layer
+from bench.norm_call import NormCall
+from bench.norm_suite import NORM_MODES, norm_calls
 from tritonnorm.activation import ACTIVATIONS
-from tritonnorm.problem import minimum_bytes
+from tritonnorm.plan import fewest_bytes
 
 __all__ = ["DTYPES", "LAYOUTS", "MODES", "OWN", "SUITES", "Case", "cases"]
 
@@ -22,6 +24,7 @@ DTYPES: dict[str, torch.dtype] = {
     "fp32": torch.float32,
     "fp64": torch.float64,
 }
+NORMS = "norms"  # the suite of `bench.norm_suite`
 OWN = "own"  # in place of an operation: the one that the layer has in its network
 
 
@@ -29,16 +32,16 @@ OWN = "own"  # in place of an operation: the one that the layer has in its netwo
 class Case:
     """One thing to measure. ``inference`` takes the running statistics and asks for no gradient."""
 
-    call: Call
+    call: Call | NormCall
     mode: str
 
     @property
     def bytes(self) -> int:
-        """The fewest bytes it moves through DRAM (`minimum_bytes`)."""
-        forward = minimum_bytes(self.call.problem("forward"))
+        """The fewest bytes it moves through DRAM (`fewest_bytes`)."""
+        forward = fewest_bytes(self.call.problem("forward"))
         if self.mode in ("forward", "inference"):
             return forward
-        backward = minimum_bytes(self.call.problem("backward"))
+        backward = fewest_bytes(self.call.problem("backward"))
         return backward if self.mode == "backward" else forward + backward
 
     @property
@@ -99,7 +102,7 @@ def cases(
     """The cases of a suite, each once, in the order of its layers.
 
     Args:
-        suite: a key of `SUITES`.
+        suite: a key of `SUITES`, or ``norms`` for the other norms with what follows them.
         ops: ``own`` for what follows the layer in its network, or ``BN``, ``BN+relu``,
             ``BN+add+silu``, ... for all of its layers.
         dtypes: keys of `DTYPES`.
@@ -109,8 +112,10 @@ def cases(
     Raises:
         ValueError: a name is unknown, or a batch is not positive.
     """
-    _known("suite", [suite], SUITES)
+    _known("suite", [suite], (*SUITES, NORMS))
     _known("dtype", dtypes, DTYPES)
+    if suite == NORMS:
+        return _norms(ops, dtypes, layouts, modes, batches)
     chosen = SUITES[suite]
     layouts, modes = layouts or chosen.layouts, modes or chosen.modes
     _known("layout", layouts, LAYOUTS)
@@ -133,6 +138,22 @@ def cases(
                         training = mode != "inference"
                         found[Case(replace(call, training=training), mode)] = None
     return list(found)
+
+
+def _norms(
+    ops: Sequence[str],
+    dtypes: Sequence[str],
+    layouts: Sequence[str] | None,
+    modes: Sequence[str] | None,
+    batches: Sequence[int] | None,
+) -> list[Case]:
+    """The cases of the suite ``norms``."""
+    if list(ops) != [OWN]:
+        raise ValueError(f"ops: expected {OWN} with the suite {NORMS}; got {', '.join(ops)}")
+    _known("layout", layouts or (), LAYOUTS)
+    _known("mode", modes or (), NORM_MODES)
+    calls = norm_calls([DTYPES[name] for name in dtypes], layouts, batches)
+    return [Case(call, mode) for call in calls for mode in modes or NORM_MODES]
 
 
 def _epilogue(op: str) -> tuple[str | None, bool] | None:

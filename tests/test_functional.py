@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests import matrix
-from tritonnorm import functional, settings
+from tritonnorm import conditions, functional, settings
 
 
 def arguments(**changes: Any) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def arguments(**changes: Any) -> dict[str, Any]:
 @pytest.fixture
 def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The library's log; nothing has been said before."""
-    monkeypatch.setattr(functional, "_logged", set())
+    monkeypatch.setattr(conditions, "_logged", set())
     with caplog.at_level(logging.INFO, logger="tritonnorm"):
         yield caplog
 
@@ -148,7 +148,7 @@ def test_disabled(monkeypatch: pytest.MonkeyPatch, log: Any) -> None:
 
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch, log: Any) -> None:
-    monkeypatch.setattr(functional, "_triton", False)
+    monkeypatch.setattr(conditions, "_triton", False)
     runs_no_kernel(lambda: functional.batch_norm(**arguments()))
     assert log.messages == ["batch_norm runs in PyTorch: triton is not installed"]
 

@@ -14,7 +14,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("tritonnorm", "bench")
-LEAVES = ("activation", "device", "folding", "problem", "reference", "report", "settings")
+LEAVES = (
+    *("activation", "conditions", "device", "folding", "group_problem", "group_reference"),
+    *("problem", "reference", "report", "settings"),
+)
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Room:
 # The first row whose pattern matches decides. Names are relative to tritonnorm, "" is the package
 # itself. A module without a row fails: give it a place in docs/architecture.md and a row here.
 KERNELS = ("kernels", "kernels.base")
-PURE_LEAVES = tuple(leaf for leaf in LEAVES if leaf not in ("report", "settings"))
+PURE_LEAVES = tuple(leaf for leaf in LEAVES if leaf not in ("report", "settings", "conditions"))
 LOOKUP = ("tune.key", "tune.revisions", "tune.agree", "tune.store", "tune.lookup")
 BELOW_OPS = (*LEAVES, *KERNELS, "plan", "recipe")
 BELOW_NN = (*BELOW_OPS, "ops", "autograd", "functional")
@@ -39,10 +42,15 @@ ABOVE = (*BELOW_NN, "nn", "joined", "conv_nn", *SYNC)
 ROOMS = (
     Room("report", ours=(), theirs=("pandas",)),
     Room("reference", ours=("activation",)),
+    Room("group_reference", ours=("activation", "reference")),
+    Room("group_problem", ours=("problem",)),
+    Room("conditions", ours=("device", "settings")),
     *(Room(leaf, ours=()) for leaf in LEAVES),
     Room("kernels._body", ours=("kernels._tile", "kernels._epilogue"), theirs=("triton",)),
     Room("kernels._persistent", ours=("kernels._*",), theirs=("triton",), without=("os",)),
     Room("kernels._resident", ours=("kernels._*",), theirs=("triton",), without=("os",)),
+    Room("kernels._groups", ours=("kernels._tile", "kernels._epilogue"), theirs=("triton",)),
+    Room("kernels._group_*", ours=("kernels._groups", "kernels._moments"), theirs=("triton",)),
     Room("kernels._*", ours=(), theirs=("triton",), without=("os",)),
     Room("kernels", ours=(*PURE_LEAVES, "kernels.*"), without=("os",)),
     Room(
@@ -66,7 +74,10 @@ ROOMS = (
     ),
     Room(
         "kernels.*",
-        ours=(*PURE_LEAVES, "kernels._*", "kernels.base", "kernels.tiling", "kernels.streaming"),
+        ours=(
+            *(*PURE_LEAVES, "kernels._*", "kernels.base", "kernels.*_base"),
+            *("kernels.tiling", "kernels.streaming"),
+        ),
         theirs=("torch", "triton"),
         without=("os",),
     ),
@@ -96,7 +107,10 @@ ROOMS = (
     ),
     Room("ops", ours=BELOW_OPS),
     Room("autograd", ours=(*LEAVES, "ops", "recipe")),
-    Room("functional", ours=(*LEAVES, "autograd")),
+    Room("group_ops", ours=(*BELOW_OPS, "kernels.group_base", "ops")),
+    Room("group_autograd", ours=(*LEAVES, "group_ops")),
+    Room("norms", ours=(*LEAVES, "group_autograd", "functional")),
+    Room("functional", ours=(*LEAVES, "autograd", "norms")),
     Room("nn", ours=(*LEAVES, "functional")),
     Room("sync_ops", ours=(*BELOW_OPS, "ops", "kernels.synced")),
     Room("sync", ours=(*LEAVES, "ops", "functional", "sync_ops")),
@@ -104,6 +118,7 @@ ROOMS = (
     Room("masked_ops", ours=(*LEAVES, "kernels.masked_launches")),
     Room("sequences", ours=(*LEAVES, "functional", "masked_ops")),
     Room("recurrent", ours=("sequences",)),
+    Room("norm_nn", ours=(*LEAVES, "functional")),
     Room("joined", ours=(*LEAVES, "nn")),
     Room("conv_nn", ours=("joined", "nn")),
     Room("fold_ops", ours=(*LEAVES, "kernels.folding", "kernels.fold_configs", "plan", "recipe")),
@@ -112,7 +127,8 @@ ROOMS = (
     Room("flow*", ours=("flow.guard",)),
     Room("fusing", ours=()),
     Room("fusing.*", ours=(*ABOVE, "flow.*", "fusing.*")),
-    Room("replace", ours=(*ABOVE, "flow.*", "fusing.*")),
+    Room("swap_norms", ours=("norm_nn", "report")),
+    Room("replace", ours=(*ABOVE, "flow.*", "fusing.*", "swap_norms")),
     Room("fold", ours=(*ABOVE, "flow.*", "fold.*")),
     Room("fold.*", ours=(*ABOVE, "flow.*", "fold", "fold.*")),
     Room("cli*", ours=("*", ""), theirs=("torch", "triton", "safetensors", "rich")),
@@ -120,7 +136,7 @@ ROOMS = (
     Room(
         "",
         ours=(
-            *(*ABOVE, "sequences", "recurrent", "replace", "freeze", "fold", "fold.*"),
+            *(*ABOVE, "sequences", "recurrent", "norm_nn", "replace", "freeze", "fold", "fold.*"),
             *("explanation", "warming"),
         ),
     ),
@@ -196,8 +212,9 @@ def test_the_package_keeps_to_the_table(module: str) -> None:
 
 
 BENCH_MAY = {
-    *("", "nn", "functional", "replace", "fold"),  # the public API
+    *("", "nn", "norm_nn", "functional", "replace", "fold"),  # the public API
     *("timing", "problem", "plan", "reference", "tune.static", "tune.prune", "activation"),
+    *("group_problem", "group_reference"),
     *("tune.networks", "folding", "fold_ops"),  # bench.folds measures the last two
     *(
         "device",

@@ -147,7 +147,7 @@ def test_what_is_around_a_call_is_asked_every_time(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_memory_of_checks_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(functional._Accepted, "MOST", 3)
+    monkeypatch.setattr(functional.Accepted, "MOST", 3)
     functional._accepted.clear()
     for n in range(2, 12):
         functional.batch_norm(torch.randn(n, 2), None, None, training=True)

@@ -21,6 +21,12 @@ from .nn import BatchNorm1d as BatchNorm1d
 from .nn import BatchNorm2d as BatchNorm2d
 from .nn import BatchNorm3d as BatchNorm3d
 from .nn import BatchNormAct2d as BatchNormAct2d
+from .norm_nn import GroupNorm as GroupNorm
+from .norm_nn import InstanceNorm1d as InstanceNorm1d
+from .norm_nn import InstanceNorm2d as InstanceNorm2d
+from .norm_nn import InstanceNorm3d as InstanceNorm3d
+from .norm_nn import LayerNorm as LayerNorm
+from .norm_nn import RMSNorm as RMSNorm
 from .recurrent import BatchNormLSTM as BatchNormLSTM
 from .recurrent import BatchNormLSTMCell as BatchNormLSTMCell
 from .recurrent import RecurrentBatchNorm as RecurrentBatchNorm

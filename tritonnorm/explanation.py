@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from .device import Device
-from .kernels import ALGORITHMS
+from .group_problem import GroupProblem
+from .kernels import algorithms_for
 from .kernels.base import Config
 from .observe import observe
-from .plan import Forced, Plan, choose, forced, tuned
-from .problem import Problem, minimum_bytes
+from .plan import Forced, Plan, choose, fewest_bytes, forced, tuned
+from .problem import Problem
 
 __all__ = ["Alternative", "Explanation", "Explanations", "explain"]
 
@@ -50,21 +51,20 @@ class Explanation:
     Attributes:
         problem, device: what for.
         plan: what computes it, and who decided (`Plan.source`).
-        minimum: fewest bytes of the problem (`minimum_bytes`).
+        minimum: fewest bytes of the problem (`minimum_bytes`, `minimum_group_bytes`).
         alternatives: one row per algorithm, with the bytes it moves and the time predicted for it.
     """
 
-    problem: Problem
+    problem: Problem | GroupProblem
     device: Device
     plan: Plan
     minimum: int
     alternatives: tuple[Alternative, ...]
 
     def __str__(self) -> str:
-        view, config = self.problem.view, self.plan.config
-        order = "[P, C]" if view.channels_last else "[N, C, P]"
+        config = self.plan.config
         lines = [
-            f"{self.problem.direction} of N={view.n} C={view.c} P={view.p} in order {order}, "
+            f"{self.problem.direction} of {self.problem}, "
             f"{str(self.problem.dtype).removeprefix('torch.')}, on {self.device.name}",
             f"-> {self.plan.algorithm} ({self.plan.source}), {config}",
             f"   fewest bytes {self.minimum:,}",
@@ -94,7 +94,7 @@ def explain(what: Any, x: Any = None, forced_by: Forced | None = None) -> Any:
     Nothing is computed: a module is run with tensors that have shapes and no values.
 
     Args:
-        what: a `Problem`, or a module with batch norms of this library.
+        what: a `Problem` or `GroupProblem`, or a module with batch norms of this library.
         x: for a problem, the device that it is for (a `Device` or `torch.device`; the current GPU
             if None). For a module, its input, or a tuple of them.
         forced_by: a decision to explain in place of what `force_plan` forces at the moment.
@@ -114,17 +114,20 @@ def explain(what: Any, x: Any = None, forced_by: Forced | None = None) -> Any:
             raise ValueError("what: expected a module whose batch norms run as kernels, got none")
         problems = ((c.problem, c.device) for c in calls if isinstance(c.problem, Problem))
         return Explanations(_explain(*each, forced_by) for each in dict.fromkeys(problems))
-    if not isinstance(what, Problem):
+    if not isinstance(what, Problem | GroupProblem):
         raise TypeError(f"what: expected a Problem or a module, got {type(what).__name__}")
     if x is None:
         x = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return _explain(what, x if isinstance(x, Device) else Device.of(torch.device(x)), forced_by)
 
 
-def _explain(problem: Problem, device: Device, forced_by: Forced | None) -> Explanation:
-    chosen = choose(problem, device, tuned(device), forced_by or forced())
+def _explain(
+    problem: Problem | GroupProblem, device: Device, forced_by: Forced | None
+) -> Explanation:
+    tables = () if isinstance(problem, GroupProblem) else tuned(device)
+    chosen = choose(problem, device, tables, forced_by or forced())
     rows = []
-    for algorithm in ALGORITHMS:
+    for algorithm in algorithms_for(problem):
         reason = algorithm.supports(problem, device)
         if reason is not None:
             rows.append(Alternative(algorithm.name, reason))
@@ -134,4 +137,4 @@ def _explain(problem: Problem, device: Device, forced_by: Forced | None) -> Expl
         moved = algorithm.model_bytes(problem, config)
         seconds = algorithm.predict(problem, config, device)
         rows.append(Alternative(algorithm.name, None, config, moved, seconds * 1e6))
-    return Explanation(problem, device, chosen, minimum_bytes(problem), tuple(rows))
+    return Explanation(problem, device, chosen, fewest_bytes(problem), tuple(rows))

@@ -1,36 +1,33 @@
-"""Batch norm as a function: the checks, and the choice between kernels and PyTorch."""
+"""Batch norm as a function: the checks, and the choice between kernels and PyTorch. The other norms
+are in `norms`, and have their names here too."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import has_torch_function
 
 from . import activation as activations
-from . import settings
-from .device import is_simulated
+from .conditions import (
+    Accepted,
+    call_key,
+    check_device,
+    check_residual,
+    log_once,
+    overridden,
+    unsupported,
+)
+from .conditions import has_triton as has_triton
+from .conditions import surroundings as surroundings
+from .norms import group_norm as group_norm
+from .norms import instance_norm as instance_norm
+from .norms import layer_norm as layer_norm
+from .norms import rms_norm as rms_norm
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_logged: set[str] = set()
-
-
-class _Accepted(dict[Any, tuple[str, tuple[float, ...]]]):
-    """Kinds of calls that passed all checks -> activation and its parameters."""
-
-    MOST = 8192  # beyond it starts anew: shapes that change all the time must not fill memory
-
-    def put(self, key: Any, value: tuple[str, tuple[float, ...]]) -> None:
-        if len(self) >= self.MOST:
-            self.clear()
-        self[key] = value
-
-
-_accepted = _Accepted()
+_accepted = Accepted()
 
 
 def batch_norm(
@@ -80,15 +77,15 @@ def batch_norm(
             the type is PyTorch's own.
     """
     tensors = (input, running_mean, running_var, weight, bias, residual, num_batches_tracked)
-    overridden = _overridden(tensors)  # first: a tracer would record that it was looked at
+    seen = overridden(tensors)  # first: a tracer would record that it was looked at
     key = None
-    if overridden is None and not torch.compiler.is_compiling():
+    if seen is None and not torch.compiler.is_compiling():
         options = (training, momentum is None, eps)
-        key = _key(tensors, activation, activation_args, options)
+        key = call_key(tensors, activation, activation_args, options)
     accepted = None if key is None else _accepted.get(key)
     if accepted is None or surroundings(input):
         act, act_args = activations.resolve(activation, activation_args)
-        reason = overridden
+        reason = seen
         if reason is None:
             _check(
                 input, running_mean, running_var, weight, bias, training, momentum, eps, residual,
@@ -96,7 +93,7 @@ def batch_norm(
             )  # fmt: skip
             reason = surroundings(input) or _unsupported(*tensors[:5])
         if reason is not None:
-            _log_once(reason)
+            log_once("batch_norm", reason)
             return _by_torch(
                 input, running_mean, running_var, weight, bias, training, momentum, eps, act,
                 act_args, residual, num_batches_tracked,
@@ -108,27 +105,6 @@ def batch_norm(
         input, residual, weight, bias, running_mean, running_var,
         num_batches_tracked if training else None, training, momentum, eps, *accepted,
     )  # fmt: skip
-
-
-def _key(
-    tensors: tuple[Tensor | None, ...],
-    activation: str | None,
-    activation_args: Sequence[float],
-    options: tuple[Any, ...],
-) -> tuple[Any, ...] | None:
-    """What the checks look at, so that calls that are alike are checked once; None for a call with
-    arguments that only a check may touch."""
-    if activation is not None and activation.__class__ is not str:
-        return None
-    if activation_args.__class__ is not tuple or any(
-        a.__class__ is not float for a in activation_args
-    ):
-        return None
-    kinds = [
-        None if t is None else (t.shape, t.dtype, t.device, t.layout, t.is_contiguous())
-        for t in tensors
-    ]
-    return (*kinds, activation, activation_args, *options)
 
 
 def examine(
@@ -184,7 +160,7 @@ def _check(
             continue
         if vector.numel() != channels:
             raise RuntimeError(f"{name} should contain {channels} elements not {vector.numel()}")
-        _check_device(name, vector, input)
+        check_device(name, vector, input)
     if training and (running_mean is None) != (running_var is None):
         raise ValueError("running_mean, running_var: expected both or neither, got one")
     if training and alone and channels and input.numel() == channels:
@@ -203,45 +179,9 @@ def _check(
                 "num_batches_tracked: expected an int64 scalar, got "
                 f"{num_batches_tracked.dtype} of shape {tuple(num_batches_tracked.shape)}"
             )
-        _check_device("num_batches_tracked", num_batches_tracked, input)
+        check_device("num_batches_tracked", num_batches_tracked, input)
     if residual is not None:
-        if residual.shape != input.shape:
-            raise ValueError(
-                f"residual: expected the shape of input {tuple(input.shape)}, "
-                f"got {tuple(residual.shape)}"
-            )
-        if residual.dtype != input.dtype:
-            raise ValueError(
-                f"residual: expected the dtype of input {input.dtype}, got {residual.dtype}"
-            )
-        _check_device("residual", residual, input)
-
-
-def _check_device(name: str, tensor: Tensor, input: Tensor) -> None:
-    if tensor.device != input.device:
-        raise ValueError(f"{name}: expected on {input.device} like input, got {tensor.device}")
-
-
-def _overridden(tensors: tuple[Tensor | None, ...]) -> str | None:
-    """A reason to hand the whole call to PyTorch unseen, or None."""
-    if has_torch_function(tensors):
-        return "an argument overrides torch functions (a tracer or a tensor subclass)"
-    if torch.jit.is_tracing() or torch.jit.is_scripting():
-        return "torch.jit is tracing"
-    return None
-
-
-def surroundings(input: Tensor) -> str | None:
-    """A reason around the call, which may change from one to the next, or None."""
-    if settings.disabled():
-        return "TRITONNORM_DISABLE is set"
-    if not input.is_cuda and not settings.interpreting() and not is_simulated():
-        return f"input is on {input.device.type}, and Triton's interpreter is off"
-    if torch.compiler.is_exporting():
-        return "the graph is being exported"
-    if torch._C._are_functorch_transforms_active():  # the one such query that dynamo understands
-        return "a torch.func transform is active"
-    return None
+        check_residual(residual, input)
 
 
 def _unsupported(
@@ -252,30 +192,12 @@ def _unsupported(
     bias: Tensor | None,
 ) -> str | None:
     """Why the kernels cannot compute this kind of tensors, or None."""
-    if input.device.type not in ("cuda", "cpu"):
-        return f"input is on {input.device.type}"
-    if not has_triton():
-        return "triton is not installed"
-    if input.dtype not in _FLOATS:
-        return f"input is {input.dtype}"
-    if input.numel() == 0:
-        return "input is empty"
-    if input.layout != torch.strided:
-        return f"input is {input.layout}"
-    wide = torch.float64 if input.dtype == torch.float64 else torch.float32
-    for name, vector in (
-        ("weight", weight),
-        ("bias", bias),
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-    ):
-        if vector is None:
-            continue
-        if vector.dtype not in (input.dtype, wide):
-            return f"{name} is {vector.dtype} with an input of {input.dtype}"
-        if name.startswith("running") and not vector.is_contiguous():
+    running = (("running_mean", running_mean), ("running_var", running_var))
+    reason = unsupported(input, (("weight", weight), ("bias", bias), *running))
+    for name, vector in running:
+        if reason is None and vector is not None and not vector.is_contiguous():
             return f"{name} is not contiguous"  # it is updated in place
-    return None
+    return reason
 
 
 def _autograd() -> Any:
@@ -287,22 +209,6 @@ def _autograd() -> Any:
 
 
 _imported: Any = None
-
-
-def has_triton() -> bool:
-    """Whether triton can be imported."""
-    return _triton
-
-
-# Looked up before a compiler can see it change, which would cost a second graph.
-_triton = importlib.util.find_spec("triton") is not None
-
-
-def _log_once(reason: str) -> None:
-    if torch.compiler.is_compiling() or reason in _logged:
-        return
-    _logged.add(reason)
-    settings.logger.info("batch_norm runs in PyTorch: %s", reason)
 
 
 def _by_torch(

@@ -51,7 +51,7 @@ _library.define(
 )
 
 
-def _like_dense(t: Tensor, dense: tuple[int, ...]) -> Tensor:
+def dense_like(t: Tensor, dense: tuple[int, ...]) -> Tensor:
     """``t`` in the given dense strides; those of dimensions of size 1 do not matter."""
     if t.stride() == dense:
         return t
@@ -61,7 +61,7 @@ def _like_dense(t: Tensor, dense: tuple[int, ...]) -> Tensor:
     return t
 
 
-def _vector(t: Tensor | None) -> Tensor | None:
+def vector_of(t: Tensor | None) -> Tensor | None:
     return t if t is None or t.is_contiguous() else t.contiguous()
 
 
@@ -93,10 +93,10 @@ def _forward(
             y=y,
             mean=mean,
             rstd=rstd,
-            residual=None if residual is None else _like_dense(residual, found.dense),
+            residual=None if residual is None else dense_like(residual, found.dense),
             mask=mask,
-            weight=_vector(weight),
-            bias=_vector(bias),
+            weight=vector_of(weight),
+            bias=vector_of(bias),
             running_mean=running_mean,
             running_var=running_var,
             counter=counter,
@@ -156,7 +156,7 @@ def _inference(
     save_mask: bool,
 ) -> Outputs:
     return _forward(
-        input, residual, weight, bias, _vector(running_mean), _vector(running_var), None,
+        input, residual, weight, bias, vector_of(running_mean), vector_of(running_var), None,
         0.0, eps, activation, activation_args, False, save_statistics, save_mask,
     )  # fmt: skip
 
@@ -184,14 +184,14 @@ def _backward(
     outputs = dx, dresidual, dweight, dbias = _gradients(input, weight, bias, needs)
     found.run(
         BackwardArguments(
-            dy=_like_dense(grad, found.dense),
+            dy=dense_like(grad, found.dense),
             x=torch.empty_like(input).copy_(input) if found.copies else input,
             mean=mean,
             rstd=rstd,
-            residual=None if residual is None else _like_dense(residual, found.dense),
+            residual=None if residual is None else dense_like(residual, found.dense),
             mask=mask,
-            weight=_vector(weight),
-            bias=_vector(bias),
+            weight=vector_of(weight),
+            bias=vector_of(bias),
             dx=dx,
             dresidual=dresidual,
             dweight=dweight,

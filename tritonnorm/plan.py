@@ -18,9 +18,10 @@ import torch
 
 from . import settings
 from .device import Device
+from .group_problem import GroupProblem, minimum_group_bytes
 from .kernels import BY_NAME, FOLDS, algorithms_for
 from .kernels.base import Algorithm, Config
-from .problem import FoldProblem, Problem
+from .problem import FoldProblem, Problem, minimum_bytes
 from .tune.key import Key
 from .tune.standing import SEEN, on_change
 from .tune.standing import standing as tuned
@@ -54,7 +55,8 @@ class Plan:
     @property
     def runs(self) -> Algorithm:
         """The algorithm itself."""
-        return BY_NAME[self.algorithm]
+        found: Algorithm = BY_NAME[self.algorithm]
+        return found
 
 
 class Table(Protocol):
@@ -82,7 +84,7 @@ class Untuned(LookupError):
 
 
 def choose(
-    problem: Problem | FoldProblem,
+    problem: Problem | GroupProblem | FoldProblem,
     device: Device,
     tables: Sequence[Table] = (),
     forced: Forced | None = None,
@@ -136,8 +138,9 @@ def force_plan(algorithm: str, config: Config | None = None) -> Iterator[None]:
     """Within the context every problem that ``algorithm`` supports is computed by it.
 
     Args:
-        algorithm: "resident", "persistent", "split" or "affine"; "fold" for the fold of a frozen
-            model; "formula" for what is chosen without tuned results.
+        algorithm: "resident", "persistent", "split" or "affine" for batch norms, "group_resident"
+            or "group_split" for the other norms; "fold" for the fold of a frozen model; "formula"
+            for what is chosen without tuned results.
         config: its configuration; the formula's if None.
 
     Raises:
@@ -160,7 +163,9 @@ def forced() -> Forced | None:
     return _forced
 
 
-def plan(problem: Problem | FoldProblem, device: Device, by_hand: Forced | None = None) -> Plan:
+def plan(
+    problem: Problem | GroupProblem | FoldProblem, device: Device, by_hand: Forced | None = None
+) -> Plan:
     """What the operators take for a problem: `choose`, with the tuned results of this process.
 
     Args:
@@ -169,6 +174,8 @@ def plan(problem: Problem | FoldProblem, device: Device, by_hand: Forced | None 
     Raises:
         Untuned: TRITONNORM_STRICT is set, and nothing was tuned for the problem on this GPU.
     """
+    if isinstance(problem, GroupProblem):  # of which there are no tables yet
+        return choose(problem, device, (), by_hand or forced())
     tables = tuned(device)
     by_hand = by_hand or forced()
     chosen = choose(problem, device, tables, by_hand)
@@ -179,6 +186,13 @@ def plan(problem: Problem | FoldProblem, device: Device, by_hand: Forced | None 
             raise Untuned(_missing(Key.of(problem), tables[-1]))
         settings.logger.debug("%s: no tuned result, %s", Key.of(problem), chosen.source)
     return chosen
+
+
+def fewest_bytes(problem: Problem | GroupProblem) -> int:
+    """`minimum_bytes` or `minimum_group_bytes`, by the kind of problem."""
+    if isinstance(problem, GroupProblem):
+        return minimum_group_bytes(problem)
+    return minimum_bytes(problem)
 
 
 def _missing(key: Key, known: Any) -> str:

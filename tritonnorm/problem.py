@@ -192,6 +192,11 @@ class Problem:
         """The dtype of statistics and sums."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
+    def __str__(self) -> str:
+        view = self.view
+        order = "[P, C]" if view.channels_last else "[N, C, P]"
+        return f"N={view.n} C={view.c} P={view.p} in order {order}"
+
 
 def minimum_bytes(problem: Problem) -> int:
     """The fewest bytes a problem moves through DRAM: each tensor once; per-channel vectors are left

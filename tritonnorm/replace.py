@@ -7,7 +7,7 @@ in which a batch norm runs together with what follows it get a forward of their 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from tritonnorm.fusing.forward import FusedForward
 from tritonnorm.fusing.search import Found, search
 from tritonnorm.fusing.verify import differing, recorded
 from tritonnorm.report import LEFT, Report, Row
+from tritonnorm.swap_norms import check_norms, restore_norms, swap_norms
 
 __all__ = ["replace", "restore"]
 
@@ -37,6 +38,7 @@ _ADDED = {"activation": None, "activation_args": ()}
 def replace(
     model: nn.Module,
     *,
+    norms: Collection[str] = ("batch",),
     example_inputs: Any = None,
     fuse: bool = True,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
@@ -53,6 +55,7 @@ def replace(
 
     Args:
         model: the model; it is edited, and it may itself be a batch norm.
+        norms: which kinds: "batch", "group", "layer", "instance", "rms".
         example_inputs: a tensor, a tuple of arguments, a mapping of keyword arguments, or a list of
             these. The model is run on them, and every fused block is checked in float64 against
             its own code: outputs, gradients and statistics, in training and in eval mode. Without
@@ -65,17 +68,19 @@ def replace(
         The same model and the report, one row per batch norm.
 
     Raises:
-        ValueError: the model is not a module, or raised on the example inputs. The model is as
-            before then, as it is when `filter_fn` or anything else raises part-way.
+        ValueError: the model is not a module, or raised on the example inputs, or a name in `norms`
+            is unknown. The model is as before then, as it is when `filter_fn` or anything else
+            raises part-way.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_norms(norms)
     calls = None if example_inputs is None else calls_from(example_inputs)
     report = Report("replace", dry_run=dry_run)
     whole = _model_reason(model)
     chosen: dict[nn.Module, int] = {}  # with the place of the row
     for name, module in model.named_modules():
-        if not _is_batch_norm(module):
+        if "batch" not in norms or not _is_batch_norm(module):
             continue
         shown, kind = name or "(root)", _kind(module)
         reason = whole or _inside_reason(model, name) or _reason(module)
@@ -89,6 +94,8 @@ def replace(
     if whole:
         report.notes.append(whole)
     found = _fusable(model, chosen, calls, report) if fuse and chosen else Found()
+    if whole is None:
+        report.rows += swap_norms(model, norms, filter_fn, dry_run)
     if not dry_run:
         _edit(list(chosen), found)
     return model, report
@@ -142,6 +149,7 @@ def restore(model: nn.Module) -> nn.Module:
             FusedForward.remove(module)
         if type(module) in original and module.__dict__.get(_MARK):
             _to_plain(module, original[type(module)])
+    restore_norms(model)
     return model
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import functional, reference
+from . import conditions, functional, reference
 from .activation import Activation, apply, resolve
 
 Layout = Literal["NCL", "NLC"]
@@ -100,7 +100,7 @@ def masked_batch_norm(
     keep = valid_positions(x.shape[0], x.shape[2], mask, lengths, x.device)
     counter = num_batches_tracked if training else None
     tensors = (x, running_mean, running_var, weight, bias)
-    reason = functional._overridden((*tensors, keep)) or functional.surroundings(x)
+    reason = conditions.overridden((*tensors, keep)) or conditions.surroundings(x)
     reason = reason or functional._unsupported(*tensors)
     if reason is None:
         from . import masked_ops
@@ -110,7 +110,7 @@ def masked_batch_norm(
             counter, training, momentum, eps, act.name if act else "", act_args,
         )  # fmt: skip
     else:
-        functional._log_once(reason)
+        conditions.log_once("masked_batch_norm", reason)
         running = (running_mean, running_var, counter)
         by = _by_index if _host_knows(x) else _by_operations
         y = by(x, keep, weight, bias, running, training, momentum, eps, act, act_args)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.overrides import has_torch_function
 
 from . import activation as activations
-from . import functional, reference
+from . import conditions, functional, reference
 from .activation import ACTIVATIONS
 
 
@@ -70,7 +70,7 @@ def sync_batch_norm(
             *(input, residual, weight, bias, running_mean, running_var, num_batches_tracked),
             *(momentum, eps, act.name if act else "", args, True, ranks, group),
         )
-    functional._log_once(reason)
+    conditions.log_once("SyncBatchNorm", reason)
     y = SyncFunction.apply(
         *(input, None, weight, bias, running_mean, running_var, num_batches_tracked),
         *(momentum, eps, "", (), False, ranks, group),

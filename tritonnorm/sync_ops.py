@@ -17,7 +17,7 @@ from torch import Tensor
 from .device import Device
 from .kernels import synced
 from .kernels.base import BackwardArguments, EpilogueArguments, ForwardArguments
-from .ops import _like_dense, _vector, unwatched
+from .ops import dense_like, unwatched, vector_of
 from .plan import Forced, choose, forced
 from .problem import Problem
 from .recipe import activity, view_of
@@ -137,10 +137,10 @@ def _apply_moments(
         y=y,
         mean=mean,
         rstd=rstd,
-        residual=None if residual is None else _like_dense(residual, stage.dense),
+        residual=None if residual is None else dense_like(residual, stage.dense),
         mask=mask if save_mask else None,
-        weight=_vector(weight),
-        bias=_vector(bias),
+        weight=vector_of(weight),
+        bias=vector_of(bias),
         running_mean=running_mean,
         running_var=running_var,
         counter=num_batches_tracked,
@@ -164,14 +164,14 @@ def _arguments(
     grad, x, residual, mask, weight, bias, mean, rstd = saved
     assert grad is not None and x is not None and mean is not None and rstd is not None
     return BackwardArguments(
-        _like_dense(grad, stage.dense),
+        dense_like(grad, stage.dense),
         _readable(x, stage),
         mean,
         rstd,
-        None if residual is None else _like_dense(residual, stage.dense),
+        None if residual is None else dense_like(residual, stage.dense),
         mask,
-        _vector(weight),
-        _vector(bias),
+        vector_of(weight),
+        vector_of(bias),
         *outputs,
     )
 

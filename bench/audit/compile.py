@@ -16,11 +16,14 @@ from typing import Any
 import torch
 
 from bench.call import DIRECTIONS, Call, Direction
+from bench.norm_call import NormCall
 from bench.processes import Job, Progress, run_jobs, silent
 from tritonnorm.device import KNOWN, simulated
+from tritonnorm.group_problem import GroupProblem
 from tritonnorm.kernels import BY_NAME
 from tritonnorm.kernels.base import Config
 from tritonnorm.plan import force_plan, plan
+from tritonnorm.problem import Problem
 from tritonnorm.tune.prune import access_width, widths
 from tritonnorm.tune.static import KernelReport
 
@@ -42,7 +45,7 @@ class CompileCase:
         directions: those to report; the algorithm must support them.
     """
 
-    call: Call
+    call: Call | NormCall
     algorithm: str
     target: str
     every_config: bool = True
@@ -155,9 +158,13 @@ def cases(quick: bool = False) -> list[CompileCase]:
 def expected_width(case: CompileCase, direction: Direction, config: Config) -> int:
     """Bits that an access can have: by what divides the contiguous axis, and a thread's share."""
     problem = case.call.problem(direction)
+    device = KNOWN[GPUS[case.target]]
+    if isinstance(problem, GroupProblem):
+        strips = case.algorithm == "group_resident"  # a program has the channels of one group
+        return access_width(problem, config, device, problem.strip if strips else problem.vector)
     if case.algorithm == "affine" or (case.algorithm == "resident" and config.block_c > 1):
         problem = problem.flat  # the same problem where it is not one of tiny planes
-    return access_width(problem, config, KNOWN[GPUS[case.target]])
+    return access_width(problem, config, device)
 
 
 def audit(case: CompileCase) -> list[CompileRow]:
@@ -208,12 +215,13 @@ def audit(case: CompileCase) -> list[CompileRow]:
 def _check_found(case: CompileCase, direction: Direction, rows: Sequence[CompileRow]) -> None:
     """Refuse to call a kernel fine because its accesses were not recognised."""
     problem = case.call.problem(direction)
+    mask = isinstance(problem, Problem) and problem.mask
     if direction == "forward":
-        wanted = {"x": True, "y": True, "residual": problem.reads_residual, "mask": problem.mask}
+        wanted = {"x": True, "y": True, "residual": problem.reads_residual, "mask": mask}
     else:
-        wanted = {"dy": True, "x": problem.reads_input, "residual": problem.reads_residual}
-        wanted |= {"dx": problem.needs_dx, "dresidual": problem.needs_dresidual}
-        wanted |= {"mask": problem.mask}
+        reads_input = not isinstance(problem, Problem) or problem.reads_input
+        wanted = {"dy": True, "x": reads_input, "residual": problem.reads_residual}
+        wanted |= {"dx": problem.needs_dx, "dresidual": problem.needs_dresidual, "mask": mask}
     found = {name for row in rows for name in row.widths}
     found |= {"mask" for row in rows if row.mask_width}
     if missing := [name for name, needed in wanted.items() if needed and name not in found]:

@@ -15,12 +15,12 @@ from bench.call import DIRECTIONS, Call, Direction
 from bench.lab.scheduler import interleaved
 from bench.lab.traffic import LaunchTraffic, trace
 from bench.layers import RESNET50, twin
+from bench.norm_call import NormCall
 from bench.processes import Progress, silent
 from tritonnorm.device import KNOWN, Device, simulated
 from tritonnorm.kernels import ALGORITHMS, BY_NAME
 from tritonnorm.kernels.base import Config
-from tritonnorm.plan import force_plan, plan
-from tritonnorm.problem import minimum_bytes
+from tritonnorm.plan import fewest_bytes, force_plan, plan
 
 __all__ = ["TrafficRow", "count", "count_all", "layer_calls"]
 
@@ -39,13 +39,13 @@ class TrafficRow:
         call, algorithm, direction, config: what ran.
         counted: loaded and stored of activations and mask.
         model: what the algorithm says it moves (`Algorithm.model_bytes`).
-        minimum: the fewest bytes of the problem (`minimum_bytes`).
+        minimum: the fewest bytes of the problem (`fewest_bytes`).
         tensors: the counted bytes by tensor, as (loaded, stored).
         vectors: loaded and stored of per-channel vectors and workspace; no model counts them.
         kernels: names of the kernels launched, in order.
     """
 
-    call: Call
+    call: Call | NormCall
     algorithm: str
     direction: Direction
     config: Config
@@ -68,7 +68,7 @@ class TrafficRow:
 
 
 def count(
-    call: Call,
+    call: Call | NormCall,
     algorithm: str,
     device: Device = KNOWN["h200"],
     config: Config | None = None,
@@ -111,7 +111,7 @@ def count(
             row = TrafficRow(
                 *(call, algorithm, direction, used, 0),
                 model=BY_NAME[algorithm].model_bytes(problem, used),
-                minimum=minimum_bytes(problem),
+                minimum=fewest_bytes(problem),
                 tensors={},
                 vectors=0,
                 kernels=tuple(launch.kernel for launch in traffic.launches),

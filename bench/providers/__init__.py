@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from bench.providers.base import Provider
 from bench.providers.compiled import Compiled
 from bench.providers.eager import Cudnn, Eager
+from bench.providers.liger import Liger
 from bench.providers.ours import Ours
 from bench.providers.peers import Apex, Attorch, FlagGems, InPlaceABN
 
@@ -33,6 +34,7 @@ PROVIDERS: dict[str, Provider] = {
         Attorch(),
         FlagGems(),
         InPlaceABN(),
+        Liger(),
     )
 }
 

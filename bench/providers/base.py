@@ -11,6 +11,7 @@ from types import ModuleType
 from torch import Tensor
 
 from bench.call import Tensors
+from bench.norm_call import NormCall
 from bench.processes import one_line
 from bench.suites import Case
 
@@ -25,10 +26,12 @@ class Provider(ABC):
     Attributes:
         name: what ``--providers`` and the results call it.
         what: one line for people.
+        norms: whether it computes group, layer, instance and RMS norms too.
     """
 
     name: str
     what: str
+    norms = False  # whether it has other norms than batch norm
 
     def absent(self) -> str | None:
         """Why it cannot run here at all, or None."""
@@ -37,6 +40,12 @@ class Provider(ABC):
     def declines(self, case: Case) -> str | None:
         """Why it cannot compute this case, or None."""
         return None
+
+    def refuses(self, case: Case) -> str | None:
+        """`declines`, and a norm that it does not have."""
+        if isinstance(case.call, NormCall) and not self.norms:
+            return "batch norm only"
+        return self.declines(case)
 
     @abstractmethod
     def setup(self, case: Case) -> Forward:

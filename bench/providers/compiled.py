@@ -9,17 +9,19 @@ from torch import Tensor
 
 from bench.call import Tensors
 from bench.providers.base import Forward, Provider
-from bench.providers.eager import operators
+from bench.providers.eager import of_call
 from bench.suites import Case
 
 __all__ = ["Compiled"]
 
 
 class Compiled(Provider):
-    """The `operators` of eager PyTorch, compiled for static shapes without graph breaks.
+    """The operators of eager PyTorch, compiled for static shapes without graph breaks.
 
     CUDA graphs stay off: the timer captures all providers into graphs of its own.
     """
+
+    norms = True
 
     def __init__(self, name: str, what: str, **options: Any) -> None:
         self.name = name
@@ -36,6 +38,8 @@ class Compiled(Provider):
 
         # A backward that is called again and again may give none of its saved tensors away.
         config.donated_buffer = case.mode != "backward"
+
+        operators = of_call(case.call)
 
         def whole(*tensors: Any) -> Tensor:
             return operators(case.call, *tensors)

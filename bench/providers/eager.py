@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench import norm_call
 from bench.call import Call, Tensors
+from bench.norm_call import NormCall
 from bench.providers.base import Forward, Provider
 from bench.suites import Case
 from tritonnorm.activation import ACTIVATIONS
 
-__all__ = ["Cudnn", "Eager", "backend", "epilogue", "operators"]
+__all__ = ["Cudnn", "Eager", "backend", "epilogue", "of_call", "operators"]
 
 
 def operators(
@@ -27,6 +31,11 @@ def operators(
     """What an `nn.BatchNorm` module, the addition and the activation are in PyTorch's operators."""
     y = F.batch_norm(x, running_mean, running_var, weight, bias, call.training)
     return epilogue(call, y, residual, counter)
+
+
+def of_call(call: Call | NormCall) -> Callable[..., Tensor]:
+    """The operators of a batch norm, or of another norm."""
+    return norm_call.operators if isinstance(call, NormCall) else operators
 
 
 def epilogue(call: Call, y: Tensor, residual: Tensor | None, counter: Tensor) -> Tensor:
@@ -51,15 +60,16 @@ class Eager(Provider):
 
     name = "eager"
     what = "PyTorch, eager; the plan is the backend that it picked"
+    norms = True
 
     def setup(self, case: Case) -> Forward:
         def forward(t: Tensors) -> Tensor:
-            return operators(case.call, *t.all)
+            return of_call(case.call)(case.call, *t.all)
 
         return forward
 
     def plan(self, case: Case, tensors: Tensors) -> str:
-        return backend(tensors)
+        return "" if isinstance(case.call, NormCall) else backend(tensors)
 
 
 class Cudnn(Provider):
@@ -78,12 +88,14 @@ class Cudnn(Provider):
 
     def setup(self, case: Case) -> Forward:
         momentum, eps = 0.1, 1e-5
+        call = case.call
+        assert isinstance(call, Call)  # it has no other norms
 
         def forward(t: Tensors) -> Tensor:
             y, *_ = torch.cudnn_batch_norm(
                 *(t.x, t.weight, t.bias, t.running_mean, t.running_var, t.call.training),
                 *(momentum, eps),
             )
-            return epilogue(case.call, y, t.residual, t.counter)
+            return epilogue(call, y, t.residual, t.counter)
 
         return forward

@@ -18,6 +18,7 @@ class Ours(Provider):
 
     name = "tritonnorm"
     what = "this library"
+    norms = True
 
     def setup(self, case: Case) -> Forward:
         def forward(t: Tensors) -> Tensor:

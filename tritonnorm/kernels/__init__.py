@@ -4,22 +4,30 @@ from __future__ import annotations
 
 from typing import Any
 
+from tritonnorm.group_problem import GroupProblem
 from tritonnorm.problem import Problem
 
 from .affine import Affine
 from .base import Algorithm
 from .fold_configs import Fold
+from .group_resident import GroupResident
+from .group_split import GroupSplit
 from .persistent import Persistent
 from .resident import Resident
 from .split import Split
 
 #: In the order of preference where two are predicted to take the same time.
 ALGORITHMS: tuple[Algorithm, ...] = (Resident(), Persistent(), Split(), Affine())
-BY_NAME: dict[str, Algorithm] = {a.name: a for a in ALGORITHMS}
+#: Those for group, layer, instance and RMS norm. They have the methods of `Algorithm` for a
+#: `GroupProblem`.
+GROUP_ALGORITHMS: tuple[Any, ...] = (GroupResident(), GroupSplit())
 #: What folds the batch norms of a model.
 FOLDS: tuple[Fold, ...] = (Fold(),)
+BY_NAME: dict[str, Any] = {a.name: a for a in (*ALGORITHMS, *GROUP_ALGORITHMS)}
 
 
 def algorithms_for(problem: Any) -> tuple[Any, ...]:
     """The algorithms for a problem of its kind, whether or not they support this one."""
+    if isinstance(problem, GroupProblem):
+        return GROUP_ALGORITHMS
     return ALGORITHMS if isinstance(problem, Problem) else FOLDS

@@ -44,11 +44,12 @@ _TYPES = {
 Shape = Problem | FoldProblem
 
 
-def access_width(problem: Problem, config: Config, device: Device) -> int:
-    """Bits that an access can have: by what divides the contiguous axis, and a thread's share."""
+def access_width(problem: Any, config: Config, device: Device, vector: int = 0) -> int:
+    """Bits that an access can have: by what divides the contiguous axis (``vector`` elements, by
+    default those of the problem), and a thread's share."""
     contiguous = config.block_c if problem.view.channels_last else config.block_p
     of_thread = max(1, config.tile // (config.num_warps * device.warp))
-    elements = min(problem.vector, contiguous, of_thread)
+    elements = min(vector or problem.vector, contiguous, of_thread)
     return min(WIDE, elements * problem.dtype.itemsize * 8)
 
 

@@ -1,0 +1,160 @@
+"""What decides between kernels and PyTorch, for every function of this library alike."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import has_torch_function
+
+from . import settings
+from .device import is_simulated
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Whether torch computes a norm in float32 under autocast, by device: its own registrations say.
+_WIDENED = {
+    (name, device): torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", key)
+    for name in ("group_norm", "layer_norm", "instance_norm", "rms_norm")
+    for device, key in (("cuda", "AutocastCUDA"), ("cpu", "AutocastCPU"))
+}
+_logged: set[tuple[str, str]] = set()
+
+
+class Accepted(dict[Any, tuple[str, tuple[float, ...]]]):
+    """Kinds of calls that passed all checks -> activation and its parameters."""
+
+    MOST = 8192  # beyond it starts anew: shapes that change all the time must not fill memory
+
+    def put(self, key: Any, value: tuple[str, tuple[float, ...]]) -> None:
+        if len(self) >= self.MOST:
+            self.clear()
+        self[key] = value
+
+
+def call_key(
+    tensors: tuple[Tensor | None, ...],
+    activation: str | None,
+    activation_args: Sequence[float],
+    options: tuple[Any, ...],
+) -> tuple[Any, ...] | None:
+    """What the checks look at, so that calls that are alike are checked once; None for a call with
+    arguments that only a check may touch."""
+    if activation is not None and activation.__class__ is not str:
+        return None
+    if activation_args.__class__ is not tuple or any(
+        a.__class__ is not float for a in activation_args
+    ):
+        return None
+    kinds = [
+        None if t is None else (t.shape, t.dtype, t.device, t.layout, t.is_contiguous())
+        for t in tensors
+    ]
+    return (*kinds, activation, activation_args, *options)
+
+
+def check_device(name: str, tensor: Tensor, input: Tensor) -> None:
+    """Refuse a tensor that lies elsewhere than the input."""
+    if tensor.device != input.device:
+        raise ValueError(f"{name}: expected on {input.device} like input, got {tensor.device}")
+
+
+def check_residual(residual: Tensor, input: Tensor) -> None:
+    """Refuse a residual of another shape, dtype or device."""
+    if residual.shape != input.shape:
+        raise ValueError(
+            f"residual: expected the shape of input {tuple(input.shape)}, "
+            f"got {tuple(residual.shape)}"
+        )
+    if residual.dtype != input.dtype:
+        raise ValueError(
+            f"residual: expected the dtype of input {input.dtype}, got {residual.dtype}"
+        )
+    check_device("residual", residual, input)
+
+
+def overridden(tensors: tuple[Tensor | None, ...]) -> str | None:
+    """A reason to hand the whole call to PyTorch unseen, or None."""
+    if has_torch_function(tensors):
+        return "an argument overrides torch functions (a tracer or a tensor subclass)"
+    if torch.jit.is_tracing() or torch.jit.is_scripting():
+        return "torch.jit is tracing"
+    return None
+
+
+def surroundings(input: Tensor) -> str | None:
+    """A reason around the call, which may change from one to the next, or None."""
+    if settings.disabled():
+        return "TRITONNORM_DISABLE is set"
+    if not input.is_cuda and not settings.interpreting() and not is_simulated():
+        return f"input is on {input.device.type}, and Triton's interpreter is off"
+    if torch.compiler.is_exporting():
+        return "the graph is being exported"
+    if torch._C._are_functorch_transforms_active():  # the one such query that dynamo understands
+        return "a torch.func transform is active"
+    return None
+
+
+def unsupported(input: Tensor, vectors: Iterable[tuple[str, Tensor | None]]) -> str | None:
+    """Why the kernels cannot compute this kind of tensors, or None."""
+    if input.device.type not in ("cuda", "cpu"):
+        return f"input is on {input.device.type}"
+    if not has_triton():
+        return "triton is not installed"
+    if input.dtype not in FLOATS:
+        return f"input is {input.dtype}"
+    if input.numel() == 0:
+        return "input is empty"
+    if input.layout != torch.strided:
+        return f"input is {input.layout}"
+    wide = torch.float64 if input.dtype == torch.float64 else torch.float32
+    for name, vector in vectors:
+        if vector is not None and vector.dtype not in (input.dtype, wide):
+            return f"{name} is {vector.dtype} with an input of {input.dtype}"
+    return None
+
+
+def refused_vectors(
+    input: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None
+) -> str | None:
+    """Why PyTorch must look at a weight and a bias, or None."""
+    for name, vector in (("weight", weight), ("bias", bias)):
+        if vector is None:
+            continue
+        if tuple(vector.shape) != shape:
+            return f"{name} is of shape {tuple(vector.shape)}"
+        if vector.device != input.device:
+            return f"{name} is on {vector.device}, and input on {input.device}"
+    return None
+
+
+def has_triton() -> bool:
+    """Whether triton can be imported."""
+    return _triton
+
+
+# Looked up before a compiler can see it change, which would cost a second graph.
+_triton = importlib.util.find_spec("triton") is not None
+
+
+def log_once(function: str, reason: str) -> None:
+    """Say once that a function runs in PyTorch, and why."""
+    if torch.compiler.is_compiling() or (function, reason) in _logged:
+        return
+    _logged.add((function, reason))
+    settings.logger.info("%s runs in PyTorch: %s", function, reason)
+
+
+def widened(name: str, *tensors: Any) -> tuple[Any, ...]:
+    """The tensors in float32 where torch's autocast asks for that."""
+    if overridden(tensors) is not None:
+        return tensors
+    device = tensors[0].device.type
+    if not _WIDENED.get((name, device)) or not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(
+        t.float() if t is not None and t.dtype in (torch.float16, torch.bfloat16) else t
+        for t in tensors
+    )

@@ -1,0 +1,112 @@
+"""Gradients of the group norm operators, in the manner of `autograd`.
+
+Kept for backward: the input, the statistics, and with an activation the residual. Nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import group_ops, group_reference
+from .activation import ACTIVATIONS
+
+
+class GroupNormFunction(torch.autograd.Function):
+    """Gradients of `group_norm`; a second derivative goes through plain PyTorch."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        groups: int,
+        centred: bool,
+        eps: float,
+        activation: str,
+        activation_args: tuple[float, ...],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, mean, rstd = group_ops.forward(
+            x, residual, weight, bias, groups, centred, eps, activation, activation_args
+        )
+        ctx.save_for_backward(x, residual if activation else None, weight, bias, mean, rstd)
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.options = (groups, centred, eps, activation, activation_args)
+        return y, mean, rstd
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, residual, weight, bias, mean, rstd = ctx.saved_tensors
+        groups, centred, _, activation, activation_args = ctx.options
+        needs = [
+            ctx.needs_input_grad[0],
+            ctx.needs_input_grad[1] and bool(activation),
+            weight is not None and ctx.needs_input_grad[2],
+            bias is not None and ctx.needs_input_grad[3],
+        ]
+        found: Sequence[Tensor | None]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            found = _differentiable_backward(ctx, grads[0], needs)
+        else:
+            found = group_ops.backward(
+                grads[0], x, residual, weight, bias, mean, rstd,
+                groups, centred, activation, activation_args, needs,
+            )  # fmt: skip
+        gradients = [g if needed else None for g, needed in zip(found, needs, strict=True)]
+        if ctx.needs_input_grad[1] and not activation:
+            gradients[1] = grads[0]
+        return (*gradients, *(None,) * 5)
+
+
+_apply = super(torch.autograd.Function, GroupNormFunction).apply
+
+
+def _differentiable_backward(
+    ctx: Any, dy: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """The backward as PyTorch operations, so that it has derivatives itself."""
+    x, residual, weight, bias, _, rstd = ctx.saved_tensors
+    groups, centred, eps, activation, activation_args = ctx.options
+    wide = torch.promote_types(x.dtype, rstd.dtype)
+    z, w, b = (None if t is None else t.to(wide) for t in (residual, weight, bias))
+    v = group_reference.pre_activation(x.to(wide), groups, w, b, z, eps, centred)
+    g = dy.to(wide)
+    if activation:
+        y = ACTIVATIONS[activation].function(v, *activation_args)
+        (g,) = torch.autograd.grad(y, v, g, create_graph=True)
+    asked = (x, weight, bias)
+    wanted = [t for t, n in zip(asked, (needs[0], *needs[2:]), strict=True) if n]
+    found = iter(torch.autograd.grad(v, wanted, g, create_graph=True) if wanted else ())
+    dx = next(found) if needs[0] else None
+    dweight = next(found) if needs[2] else None
+    dbias = next(found) if needs[3] else None
+    return dx, g.to(x.dtype) if needs[1] else None, dweight, dbias
+
+
+def group_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    centred: bool,
+    eps: float,
+    activation: str,
+    activation_args: tuple[float, ...],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator, with autograd if a gradient can be asked for, else without: output, mean (empty
+    if not centred) and rstd."""
+    arguments = (x, residual, weight, bias, groups, centred, eps, activation, activation_args)
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, residual, weight, bias)
+    ):
+        # Without torch.func, which `norms` keeps away, the method in C is all of `apply`.
+        apply = GroupNormFunction.apply if torch.compiler.is_compiling() else _apply
+        found: tuple[Tensor, Tensor, Tensor] = apply(*arguments)
+        return found
+    return group_ops.forward(*arguments)

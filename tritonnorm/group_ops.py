@@ -1,0 +1,265 @@
+"""The operators of group, layer, instance and RMS norm: schema, fake, and the execution of a plan.
+
+All four are `group_norm` and `group_norm_backward` in the namespace ``tritonnorm``, as
+`group_problem` describes them. Arguments are checked above, in `norms`; gradients are attached by
+`group_autograd`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from .device import Device
+from .group_problem import GroupProblem, canonical, contiguous, group_view
+from .kernels.base import EpilogueArguments
+from .kernels.group_base import GroupBackward, GroupForward
+from .ops import dense_like, unwatched, vector_of
+from .plan import Forced, Plan, choose, forced
+from .problem import View
+from .recipe import activity
+
+_library = torch.library.Library("tritonnorm", "FRAGMENT")
+_tags = (torch.Tag.pt2_compliant_tag,)
+_library.define(
+    "group_norm(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, int groups, "
+    "bool centred, float eps, str activation, float[] activation_args) "
+    "-> (Tensor output, Tensor mean, Tensor rstd)",
+    tags=_tags,
+)
+_library.define(
+    "group_norm_backward(Tensor grad, Tensor input, Tensor? residual, Tensor? weight, "
+    "Tensor? bias, Tensor mean, Tensor rstd, int groups, bool centred, "
+    "str activation, float[] activation_args, bool[] needs) "
+    "-> (Tensor dinput, Tensor dresidual, Tensor dweight, Tensor dbias)",
+    tags=_tags,
+)
+_library.define(
+    "instance_norm_update(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, "
+    "Tensor rstd, int count, float momentum, float eps) -> ()",
+    tags=_tags,
+)
+
+
+class GroupRecipe(NamedTuple):
+    """Everything about a call that does not depend on the contents of its tensors.
+
+    Attributes:
+        run: launches the kernels of the plan.
+        plan: the algorithm and its configuration.
+        problem: what they compute.
+        dense: strides of a dense twin of the input, in one of the two orders.
+        copies: whether the input has no view, and a dense copy of it is computed on.
+        reorders: whether a tensor like the input is in neither order, so that results are copied.
+    """
+
+    run: Callable[[Any], None]
+    plan: Plan
+    problem: GroupProblem
+    dense: tuple[int, ...]
+    copies: bool
+    reorders: bool
+
+
+@lru_cache(maxsize=16384)
+def recipe(
+    direction: Literal["forward", "backward"],
+    sizes: tuple[int, ...],
+    strides: tuple[int, ...],
+    dtype: torch.dtype,
+    device: Device,
+    decided: Forced | None,
+    groups: int,
+    centred: bool,
+    activation: str,
+    activation_args: tuple[float, ...],
+    residual: bool,
+    needs: tuple[bool, ...] = (True, False, True, True),
+) -> GroupRecipe:
+    """Made once for all calls that are alike."""
+    dense = torch.empty_like(torch.empty_strided(sizes, strides, device="meta")).stride()
+    reorders = not canonical(sizes, dense)
+    if reorders:
+        dense = contiguous(sizes)
+    view = group_view(sizes, strides, dense, groups)
+    copies = view is None
+    problem = GroupProblem(
+        *(direction, view or cast(View, group_view(sizes, dense, dense, groups)), groups),
+        rows=groups == 1 and sizes[0] * sizes[1] == torch.Size(sizes).numel(),
+        centred=centred,
+        dtype=dtype,
+        activity=activity(activation),
+        residual=residual,
+        needs_dx=needs[0],
+        needs_dresidual=needs[1],
+        needs_dparams=needs[2] or needs[3],
+    )
+    chosen = choose(problem, device, (), decided)
+    algorithm: Any = chosen.runs
+    make = algorithm.forward if direction == "forward" else algorithm.backward
+    run = make(problem, chosen.config, EpilogueArguments.named(activation, activation_args))
+    return GroupRecipe(run, chosen, problem, dense, copies, reorders)
+
+
+def _twin(t: Tensor, found: GroupRecipe) -> Tensor:
+    """An unwritten tensor for a result: like the input, in one of the two orders."""
+    if found.reorders:
+        return torch.empty_strided(t.shape, found.dense, dtype=t.dtype, device=t.device)
+    return torch.empty_like(t)
+
+
+def _result(t: Tensor, like: Tensor, found: GroupRecipe) -> Tensor:
+    return torch.empty_like(like).copy_(t) if found.reorders else t
+
+
+def _forward(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    centred: bool,
+    eps: float,
+    activation: str,
+    activation_args: Sequence[float],
+) -> tuple[Tensor, Tensor, Tensor]:
+    found = recipe(
+        *("forward", input.shape, input.stride(), input.dtype, Device.of(input.device), forced()),
+        *(groups, centred, activation, tuple(activation_args), residual is not None),
+    )
+    mean, rstd = _statistics(input, found.problem.statistics, centred)
+    y = _twin(input, found)
+    found.run(
+        GroupForward(
+            x=_twin(input, found).copy_(input) if found.copies else input,
+            y=y,
+            mean=mean if centred else None,
+            rstd=rstd,
+            residual=None if residual is None else dense_like(residual, found.dense),
+            weight=vector_of(weight),
+            bias=vector_of(bias),
+            eps=eps,
+        )
+    )
+    return _result(y, input, found), mean, rstd
+
+
+def _statistics(x: Tensor, size: int, centred: bool) -> tuple[Tensor, Tensor]:
+    """Unwritten mean (empty where there is none) and rstd."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_empty(size if centred else 0, dtype=wide), x.new_empty(size, dtype=wide)
+
+
+def _backward(
+    grad: Tensor,
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    groups: int,
+    centred: bool,
+    activation: str,
+    activation_args: Sequence[float],
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``needs``: which of dinput, dresidual, dweight, dbias to compute; the others come back
+    empty. Without an activation dresidual is a copy of grad."""
+    by_kernel = (needs[0], needs[1] and bool(activation), needs[2], needs[3])
+    dx, dresidual, dweight, dbias = _gradients(input, weight, bias, (False, False, *needs[2:]))
+    if any(by_kernel):
+        found = recipe(
+            *("backward", input.shape, input.stride(), input.dtype, Device.of(input.device)),
+            *(forced(), groups, centred, activation, tuple(activation_args)),
+            *(residual is not None, by_kernel),
+        )
+        dx = _twin(input, found) if by_kernel[0] else dx
+        dresidual = _twin(input, found) if by_kernel[1] else dresidual
+        found.run(
+            GroupBackward(
+                dy=dense_like(grad, found.dense),
+                x=_twin(input, found).copy_(input) if found.copies else input,
+                mean=mean if centred else None,
+                rstd=rstd,
+                residual=None if residual is None else dense_like(residual, found.dense),
+                weight=vector_of(weight),
+                bias=vector_of(bias),
+                dx=dx if needs[0] else None,
+                dresidual=dresidual if by_kernel[1] else None,
+                dweight=dweight if needs[2] else None,
+                dbias=dbias if needs[3] else None,
+            )
+        )
+        dx = _result(dx, input, found) if by_kernel[0] else dx
+        dresidual = _result(dresidual, input, found) if by_kernel[1] else dresidual
+    if needs[1] and not activation:
+        dresidual = torch.empty_like(input).copy_(grad)
+    return dx, dresidual, dweight, dbias
+
+
+def _gradients(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        torch.empty_like(x) if needs[0] else x.new_empty(0),
+        torch.empty_like(x) if needs[1] else x.new_empty(0),
+        torch.empty_like(weight) if needs[2] and weight is not None else x.new_empty(0),
+        torch.empty_like(bias) if needs[3] and bias is not None else x.new_empty(0),
+    )
+
+
+def _update(
+    running_mean: Tensor,
+    running_var: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    count: int,
+    momentum: float,
+    eps: float,
+) -> None:
+    """Move the running statistics ``[C]`` towards the means over the samples of the mean and the
+    unbiased variance of each instance ``[N * C]`` of ``count`` values."""
+    torch.autograd.graph.increment_version([running_mean, running_var])
+    shape = (-1, running_mean.numel())
+    var = (rstd.square().reciprocal() - eps).clamp(min=0.0).reshape(shape).mean(0)
+    running_mean.lerp_(mean.reshape(shape).mean(0).to(running_mean.dtype), momentum)
+    running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
+
+
+for _key in ("CUDA", "CPU"):
+    _library.impl("instance_norm_update", _update, _key)
+    _library.impl("group_norm", _forward, _key)
+    _library.impl("group_norm_backward", _backward, _key)
+
+
+@torch.library.register_fake("tritonnorm::group_norm", lib=_library)
+def _(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    groups, centred = args[3:5]
+    return torch.empty_like(input), *_statistics(input, input.shape[0] * groups, centred)
+
+
+@torch.library.register_fake("tritonnorm::group_norm_backward", lib=_library)
+def _(grad: Tensor, input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _gradients(input, args[1], args[2], args[-1])
+
+
+@torch.library.register_fake("tritonnorm::instance_norm_update", lib=_library)
+def _(*args: Any) -> None:
+    return None
+
+
+def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """`group_norm`."""
+    call = _forward if unwatched(*args[:4]) else torch.ops.tritonnorm.group_norm.default
+    return call(*args)
+
+
+def backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`group_norm_backward`."""
+    call = _backward if unwatched(*args[:7]) else torch.ops.tritonnorm.group_norm_backward.default
+    return call(*args)
