@@ -234,3 +234,9 @@ def test_the_bar_shows_how_far_it_is() -> None:
     said = console.file.getvalue()  # type: ignore[attr-defined]
     assert "1/2" in said and "7 spills registers" in said and "nothing works" in said
     assert "interrupted, and what was found is kept" in said
+
+
+def test_info_says_where_results_are(cache: UserCache, capsys: pytest.CaptureFixture[str]) -> None:
+    cache.put(tuned.entry())
+    assert main(["info"]) == 0
+    assert f"tuned results: 1 in {cache.root}" in capsys.readouterr().out

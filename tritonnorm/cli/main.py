@@ -136,9 +136,9 @@ def _info(options: argparse.Namespace) -> int:
     if version != "not installed":
         from tritonnorm.tune import standing
 
-        cache = standing.cache()
+        mine = standing.cache()
         tables = len(list(standing.SHIPPED.glob("*.json")))
-        print(f"tuned results: {len(cache.entries())} in {cache.root}, {tables} shipped tables")
+        print(f"tuned results: {len(mine.entries())} in {mine.root}, {tables} shipped tables")
     if not torch.cuda.is_available():
         print("no GPU that PyTorch can use: batch norms run in PyTorch")
         return 0

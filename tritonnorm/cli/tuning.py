@@ -32,8 +32,10 @@ def add_to(commands: Any, model_options: Callable[..., None]) -> None:
     model_options(c, required=False)
     c.add_argument("--freeze", action="store_true", help="freeze the model: tunes its fold, too")
     c.add_argument("--batch", type=int, metavar="N", help="of a preset, in place of its usual one")
-    c.add_argument("--dtype", action="append", choices=("bf16", "fp16", "fp32"), help="again")
-    c.add_argument("--layout", action="append", choices=("NHWC", "NCHW"), help="again")
+    c.add_argument(
+        "--dtype", action="append", choices=("bf16", "fp16", "fp32"), help="again for more"
+    )
+    c.add_argument("--layout", action="append", choices=("NHWC", "NCHW"), help="again for more")
     c.add_argument("--budget", type=float, metavar="SECONDS", help="for everything")
     c.add_argument("--resume", action="store_true", help="only what has no result yet")
     c.add_argument("--check", action="store_true", help="time what was chosen again, keep nothing")
