@@ -37,8 +37,9 @@ METHOD = """\
 Each repeat has a seed of its own for the split (55 % of the images train, 15 % choose learning
 rates, 30 % test), the weights and the order of the images; the networks that are compared share
 them. Weights start as PyTorch's modules make them, those of the LSTM orthogonal. "±" is the
-standard deviation over the repeats. A claim "held" or "did not hold" only where the 95 % interval of the paired differences
-(Student's t) lies on one side of zero; with few repeats small differences are not told apart.
+standard deviation over the repeats. A claim "held" or "did not hold" only where the 95 % interval
+of the paired differences (Student's t) lies on one side of zero; with few repeats small differences
+are not told apart.
 """
 
 
