@@ -111,7 +111,7 @@ def table(frame: pd.DataFrame) -> pd.DataFrame:
 
 def verdicts(frame: pd.DataFrame) -> list[Verdict]:
     cells, target = _cells(frame), percent(frame["target"].iloc[0], 0)
-    limit = int(frame["limit"].iloc[0])
+    limit, repeats = int(frame["limit"].iloc[0]), frame["seed"].nunique()
     found = []
     for network in cells["network"].unique():
         own = cells[cells["network"] == network]
@@ -133,9 +133,11 @@ def verdicts(frame: pd.DataFrame) -> list[Verdict]:
         )
         if len(best) < 2:
             held = "batch" in best if best else None
-            who = {True: "only with batch norm", False: "only without", None: "by neither"}[held]
-            text = f"within {limit} steps {who}, {wide}."
-            found.append(Verdict(claim, held, f"{network}: {text}"))
+            text = ", ".join(
+                f"{word} {_most(own, norm, repeats, limit)}"
+                for norm, word in (("batch", "with batch norm"), ("none", "without"))
+            )
+            found.append(Verdict(claim, held, f"{network}: {text}; in all runs {wide}."))
             continue
         steps = {
             norm: frame[
@@ -162,6 +164,17 @@ def verdicts(frame: pd.DataFrame) -> list[Verdict]:
             )
         )
     return found
+
+
+def _most(own: pd.DataFrame, norm: str, repeats: int, limit: int) -> str:
+    """How many runs got there at the best rate, and in how many steps if all did."""
+    of = own[own["norm"] == norm]
+    if of["reached"].max() == 1.0:
+        cell = of.loc[of["mean"].idxmin()]
+        return f"{spread(cell['mean'], cell['std'], 0)} steps at the best rate ({cell['rate']:g})"
+    cell = of.loc[of["reached"].idxmax()]
+    runs = f"{round(cell['reached'] * repeats)} of {repeats} runs"
+    return f"no rate brought all runs there in {limit} steps (at best {runs})"
 
 
 def draw(frame: pd.DataFrame, about: str) -> Figure:

@@ -108,7 +108,7 @@ def _compare(best: pd.DataFrame, part: str, at: int, norm: str, other: str) -> t
     here = best[(best["part"] == part) & (best["at"] == at)]
     one, two = (here[here["norm"] == n].set_index("seed")["test"] for n in (norm, other))
     d = paired(one, two)
-    text = f"{percent(one.mean())} against {percent(two.mean())} at {at}"
+    text = f"{percent(one.mean())} and {percent(two.mean())} at {at}"
     return d.sign, text
 
 
@@ -127,7 +127,8 @@ def verdicts(frame: pd.DataFrame) -> list[Verdict]:
         cells = "; ".join(text for _, text in found)
         where = WORDS[part]
         several = f", outside of chance in {clear} of {len(ats)} sizes" if len(ats) > 1 else ""
-        return Verdict(text, held, f"{LABELS[norm]} {cells} {where} for {LABELS[other]}{several}.")
+        pair = f"{LABELS[norm]} and {LABELS[other]} have"
+        return Verdict(text, held, f"{pair} {cells} {where}{several}.")
 
     return [
         claim(

@@ -35,10 +35,11 @@ time below is that of a machine with other work.
 
 METHOD = """\
 Each repeat has a seed of its own for the split (55 % of the images train, 15 % choose learning
-rates, 30 % test), the weights and the order of the images; the networks that are compared share all
-of them. Weights start as PyTorch's modules make them. "±" is the standard deviation over the
-repeats. A claim "held" or "did not hold" only where the 95 % interval of the paired differences
-(Student's t) lies on one side of zero; with few repeats small differences are not told apart.
+rates, 30 % test), the weights and the order of the images; the networks that are compared share
+them. Weights start as PyTorch's modules make them, those of the LSTM orthogonal. "±" is the
+standard deviation over the repeats. A claim "held" or "did not hold" only where the 95 % interval
+of the paired differences (Student's t) lies on one side of zero; with few repeats small differences
+are not told apart.
 """
 
 
@@ -69,7 +70,7 @@ def page(sections: Sequence[Section], facts: dict[str, Any], folder: Path) -> st
     for experiment, table, verdicts, picture in sections:
         lines += [f"## {experiment.TITLE}", "", experiment.ABOUT, ""]
         for verdict in verdicts:
-            lines += [f"**{verdict.word}.** {verdict.found} *The claim: {verdict.claim}.*", ""]
+            lines += [f"**{verdict.word}:** {verdict.found} *The claim: {verdict.claim}.*", ""]
         link = os.path.relpath(picture, folder)
         lines += [f"![{experiment.TITLE}]({link})", "", _markdown(table), ""]
     return "\n".join(lines).rstrip() + "\n"
