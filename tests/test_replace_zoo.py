@@ -17,7 +17,26 @@ from bench.zoo.replacing_table import page
 from tests.fold_models import Net, bn
 
 # name: batch norms that can be fused by the operations of a run, those that are, and others
-SAMPLE: dict[str, tuple[int, int, int]] = {}
+SAMPLE: dict[str, tuple[int, int, int]] = {
+    "pytorchcv/densenet_cifar": (39, 39, 0),
+    "pytorchcv/diapreresnet": (10, 10, 0),
+    "pytorchcv/espnetv2": (58, 17, 0),
+    "pytorchcv/fdmobilenet": (23, 23, 0),
+    "pytorchcv/fractalnet_cifar": (35, 35, 0),
+    "pytorchcv/lwopenpose_cmupan": (33, 33, 0),
+    "pytorchcv/resdropresnet_cifar": (19, 10, 0),
+    "pytorchcv/resnesta": (19, 19, 0),
+    "pytorchcv/sepreresnet_cifar": (19, 19, 0),
+    "pytorchcv/seresnet_cub": (8, 8, 0),
+    "pytorchcv/shakedropresnet_cifar": (12, 10, 0),
+    "pytorchcv/wrn1bit_cifar": (19, 19, 0),
+    "transformers/beit_segmentation": (14, 14, 0),
+    "transformers/data2vec_segmentation": (14, 14, 0),
+    "transformers/informer": (2, 2, 0),
+    "transformers/mobilevitv2": (17, 17, 0),
+    "transformers/pp_lcnet": (27, 27, 0),
+    "transformers/segformer": (1, 0, 0),
+}
 
 
 @pytest.fixture(autouse=True)

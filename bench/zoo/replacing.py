@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import gc
+import random
 import time
 import traceback
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -138,8 +140,14 @@ def _lift(expected: list[Tensor], got: list[Tensor]) -> None:
             gradients[place] = torch.cat((gradient.flatten(), floor))
 
 
-def _eval(model: nn.Module, inputs: Any) -> list[Tensor]:
+def _seed() -> None:
     torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
+
+
+def _eval(model: nn.Module, inputs: Any) -> list[Tensor]:
+    _seed()
     with torch.no_grad():
         return [t.clone() for t in tensors_in(_call(model.eval(), inputs))]
 
@@ -147,7 +155,7 @@ def _eval(model: nn.Module, inputs: Any) -> list[Tensor]:
 def _step(model: nn.Module, inputs: Any) -> dict[str, list[Tensor]]:
     """Outputs, gradients and statistics of one training step; empty where it cannot be made."""
     state = copy.deepcopy(model.state_dict())
-    torch.manual_seed(0)
+    _seed()
     model.train()
     try:
         outputs = [t for t in tensors_in(_call(model, inputs)) if t.is_floating_point()]

@@ -10,10 +10,11 @@ from typing import Any
 
 from torch import fx, nn
 
-from tritonnorm.fusing import match
+from tritonnorm.fusing.activations import settings_of
+from tritonnorm.fusing.arguments import Arguments
 from tritonnorm.fusing.forward import FusedForward, Imported, fused, fused_add
 from tritonnorm.fusing.match import Site
-from tritonnorm.fusing.trace import Arguments, Code
+from tritonnorm.fusing.trace import Code
 
 
 def build(
@@ -48,7 +49,7 @@ def build(
                 for node in site.modules:
                     partner = module.get_submodule(str(node.target))
                     skipped[partner] = None
-                    reads += [(partner, k, v) for k, v in match.settings_of(partner)]
+                    reads += [(partner, k, v) for k, v in settings_of(partner)]
             python = _rewritten(graph, sites[id(graph)]).python_code("self")
             done[id(graph)] = python.src.strip() + "\n"
             scope.update(python.globals)

@@ -8,52 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
-from tritonnorm.fusing.watch import Unwatched, freeze
+from tritonnorm.fusing.activations import Activation, ModuleOf, activation
 
-ModuleOf = Callable[[fx.Node], nn.Module]
-Activation = tuple[str, tuple[float, ...]]
-
-# Activation modules: the name in tritonnorm.activation and how to read the parameters.
-MODULES: dict[type[nn.Module], tuple[str, Callable[[Any], tuple[float, ...]]]] = {
-    nn.ReLU: ("relu", lambda m: ()),
-    nn.ReLU6: ("relu6", lambda m: ()),
-    nn.LeakyReLU: ("leaky_relu", lambda m: (float(m.negative_slope),)),
-    nn.Hardsigmoid: ("hardsigmoid", lambda m: ()),
-    nn.Hardswish: ("hardswish", lambda m: ()),
-    nn.Sigmoid: ("sigmoid", lambda m: ()),
-    nn.Tanh: ("tanh", lambda m: ()),
-    nn.SiLU: ("silu", lambda m: ()),
-    nn.GELU: ("gelu", lambda m: ()),
-    nn.ELU: ("elu", lambda m: (float(m.alpha),)),
-    nn.Softplus: ("softplus", lambda m: (float(m.beta), float(m.threshold))),
-    nn.Mish: ("mish", lambda m: ()),
-}
-# Functions and methods: the name, and the names of parameters with their defaults.
-_PLAIN: dict[str, tuple[tuple[str, float], ...]] = {
-    "relu": (),
-    "relu6": (),
-    "leaky_relu": (("negative_slope", 0.01),),
-    "hardsigmoid": (),
-    "hardswish": (),
-    "sigmoid": (),
-    "tanh": (),
-    "silu": (),
-    "gelu": (),
-    "elu": (("alpha", 1.0),),
-    "softplus": (("beta", 1.0), ("threshold", 20.0)),
-    "mish": (),
-}
-FUNCTIONS: dict[Any, str] = {
-    getattr(room, found): name
-    for name in _PLAIN
-    for room in (F, torch)
-    for found in (name, f"{name}_")
-    if hasattr(room, found)
-}
-METHODS = {f"{name}{tail}": name for name in ("relu", "sigmoid", "tanh") for tail in ("", "_")}
 ADDS = {operator.add: "+", operator.iadd: "+=", torch.add: "+"}
 ADD_METHODS = {"add": "+", "add_": "+="}
 # Modules whose result shares no memory with anything that existed before.
@@ -120,9 +78,9 @@ def sites(
         found = _site(node, module_of, order, taken, fresh)
         if isinstance(found, Site):
             taken.update((*found.drop, node))
+            yield found
         else:
-            found = (node, found)
-        yield found
+            yield node, found
 
 
 def _site(
@@ -164,12 +122,12 @@ def _site(
     if reason := _moves(norm, add, skipped, order, module_of, fresh):
         return reason
     value, more = through_identities(add, module_of)
-    found = activation(value, module_of)
-    kind, nodes = found if found else (None, [])
-    more = more if found else []
-    chain = [*skipped, add, *more, *nodes]
+    behind = activation(value, module_of)
+    tail = [] if behind is None else [*more, *behind[1]]
+    chain = [*skipped, add, *tail]
     modules = [n for n in chain if n.op == "call_module"]
-    return Site(norm, kind, chain[-1], add, chain[::-1], (how, first), other, modules)
+    name = None if behind is None else behind[0]
+    return Site(norm, name, chain[-1], add, chain[::-1], (how, first), other, modules)
 
 
 def _moves(
@@ -219,123 +177,6 @@ def through_identities(node: fx.Node, module_of: ModuleOf) -> tuple[fx.Node, lis
         skipped.append(user)
         node = user
     return node, skipped
-
-
-def activation(value: fx.Node, module_of: ModuleOf) -> tuple[Activation, list[fx.Node]] | None:
-    """The activation that alone uses a value: its name, and its nodes, the result last."""
-    users = list(value.users)
-    if len(users) == 1:
-        kind = _single(value, users[0], module_of)
-        return (kind, users) if kind else _by_hand(value, users)
-    return _by_hand(value, users)
-
-
-def _single(value: fx.Node, user: fx.Node, module_of: ModuleOf) -> Activation | None:
-    if not user.args or user.args[0] is not value or user.all_input_nodes != [value]:
-        return None
-    if user.op == "call_module":
-        return of_module(module_of(user)) if len(user.args) == 1 and not user.kwargs else None
-    arguments = {k: v for k, v in user.kwargs.items() if k != "inplace"}
-    rest = list(user.args[1:])
-    if user.op == "call_method":
-        name = METHODS.get(str(user.target))
-        return (name, ()) if name and not rest and not arguments else None
-    if user.op != "call_function":
-        return None
-    if user.target is F.hardtanh:
-        rest = rest[:2] or [arguments.get("min_val", -1.0), arguments.get("max_val", 1.0)]
-        return ("relu6", ()) if rest == [0, 6] or rest == [0.0, 6.0] else None
-    name = FUNCTIONS.get(user.target)
-    if name is None:
-        return None
-    if name == "gelu":
-        how = rest[0] if rest else arguments.get("approximate", "none")
-        return ("gelu_tanh" if how == "tanh" else "gelu", ()) if how in ("none", "tanh") else None
-    found = []
-    for place, (key, default) in enumerate(_PLAIN[name]):
-        number = rest[place] if place < len(rest) else arguments.pop(key, default)
-        if type(number) not in (int, float):
-            return None
-        found.append(float(number))
-    if arguments:
-        return None
-    return name, tuple(found)
-
-
-def of_module(module: nn.Module) -> Activation | None:
-    """The activation that a module of torch is; None for any other module."""
-    if type(module) is nn.Hardtanh:
-        return ("relu6", ()) if (module.min_val, module.max_val) == (0, 6) else None
-    entry = MODULES.get(type(module))
-    if entry is None or "forward" in module.__dict__:
-        return None
-    if type(module) is nn.GELU and module.approximate != "none":
-        return ("gelu_tanh", ()) if module.approximate == "tanh" else None
-    return entry[0], entry[1](module)
-
-
-def settings_of(module: nn.Module) -> list[tuple[str, Any]]:
-    """What a module of torch computes with, to be compared later."""
-    found = []
-    for name, value in module.__dict__.items():
-        if not name.startswith("_") and name not in ("training", "inplace"):
-            try:
-                found.append((name, freeze(value)))
-            except Unwatched:
-                continue  # something that a user attached; torch's own are numbers
-    return found
-
-
-def _by_hand(value: fx.Node, users: list[fx.Node]) -> tuple[Activation, list[fx.Node]] | None:
-    """x * sigmoid(x), and x * relu6(x + 3) / 6."""
-    gate = next((u for u in users if _is(u, "sigmoid", value)), None)
-    if len(users) == 2 and gate is not None:
-        product = next(u for u in users if u is not gate)
-        if _product(product, value, gate) and list(gate.users) == [product]:
-            return ("silu", ()), [gate, product]
-    plus = next((u for u in users if _number(u, operator.add, value) == 3), None)
-    if plus is None or len(users) != 2 or len(plus.users) != 1:
-        return None
-    (clip,) = plus.users
-    if not _is(clip, "relu6", plus) or len(clip.users) != 1:
-        return None
-    (after,) = clip.users
-    product = next(u for u in users if u is not plus)
-    nodes = [plus, clip]
-    if product is after and _product(product, value, clip) and len(product.users) == 1:
-        (last,) = product.users
-        return (("hardswish", ()), [*nodes, product, last]) if _sixth(last, product) else None
-    if _sixth(after, clip) and list(after.users) == [product] and _product(product, value, after):
-        return ("hardswish", ()), [*nodes, after, product]
-    return None
-
-
-def _is(node: fx.Node, name: str, value: fx.Node) -> bool:
-    if node.all_input_nodes != [value] or not node.args or node.args[0] is not value:
-        return False
-    if node.op == "call_function":
-        whole = len(node.args) == 1 and not str(node.target.__name__).endswith("_")
-        return whole and FUNCTIONS.get(node.target) == name
-    return node.op == "call_method" and node.target == name and len(node.args) == 1
-
-
-def _product(node: fx.Node, one: fx.Node, two: fx.Node) -> bool:
-    functions = (operator.mul, torch.mul)
-    multiplies = node.op == "call_function" and node.target in functions
-    multiplies |= node.op == "call_method" and node.target == "mul"
-    return multiplies and not node.kwargs and tuple(node.args) in ((one, two), (two, one))
-
-
-def _number(node: fx.Node, how: Any, value: fx.Node) -> Any:
-    """The number c in ``value + c`` and the like."""
-    if node.op != "call_function" or node.target is not how or len(node.args) != 2 or node.kwargs:
-        return None
-    number = node.args[1] if node.args[0] is value else node.args[0]
-    return number if type(number) in (int, float) else None
-
-
-def _sixth(node: fx.Node, value: fx.Node) -> bool:
-    return _number(node, operator.truediv, value) == 6 and node.args[0] is value
 
 
 def addition(node: fx.Node) -> tuple[str, Any, Any] | None:

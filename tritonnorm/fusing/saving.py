@@ -60,7 +60,7 @@ def together(x: Tensor, rule: str) -> int:
     added = "add" in parts
     problems = [
         Problem(
-            direction,  # type: ignore[arg-type]
+            direction,
             True,
             _view(x),
             x.dtype,

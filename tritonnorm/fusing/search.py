@@ -7,18 +7,18 @@ place of its call.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from tritonnorm.fusing import match
+from tritonnorm.fusing import activations, match
+from tritonnorm.fusing.arguments import Arguments, Refused, arguments_of, positional
 from tritonnorm.fusing.build import build
 from tritonnorm.fusing.forward import HOOKS, FusedForward
 from tritonnorm.fusing.match import Site
-from tritonnorm.fusing.trace import Arguments, Code, Refused, overrides_call, trace
+from tritonnorm.fusing.trace import Code, overrides_call, trace
 
 Given = Mapping[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]]
 _DEPTH = 8  # rounds in which the code of inner modules is put in place; models need 3
@@ -188,7 +188,7 @@ class _Search:
 
     def _is_activation(self, module: nn.Module) -> bool:
         """Whether the code of a module is an activation, or starts with one."""
-        if not _is_block(module) or match.of_module(module) or self._closed(module):
+        if not _is_block(module) or activations.of_module(module) or self._closed(module):
             return False
         traced = self._traced(module)
         if isinstance(traced, str):
@@ -201,7 +201,7 @@ class _Search:
         if len(starts) != 1:
             return False
         value, _ = match.through_identities(starts[0], module_of)
-        if match.activation(value, module_of):
+        if activations.activation(value, module_of):
             return True
         users = list(value.users)
         return (
@@ -225,7 +225,7 @@ class _Search:
             given = None if self.given is None else self.given.get(module)
             if self.given is not None and given is None:
                 raise Refused("it is not called on the example inputs")
-            arguments = _arguments(module, given)
+            arguments = arguments_of(module, given)
             return _Traced(trace(module, arguments, inline), arguments, inline)
         except Refused as refusal:
             return str(refusal)
@@ -291,7 +291,7 @@ class _Search:
                     self.found.reasons[bn] = "training and eval mode do not have the same code"
                 return
             others[id(graphs[False])] = other
-        order = _positional(module)
+        order = positional(module)
         self.found.forwards[module] = build(
             module, traced.code, traced.arguments, traced.inline, others, order
         )
@@ -319,41 +319,3 @@ def _result(graph: fx.Graph) -> fx.Node | None:
     output = next(n for n in graph.nodes if n.op == "output")
     value = output.args[0]
     return value if isinstance(value, fx.Node) else None
-
-
-def _positional(module: nn.Module) -> tuple[str, ...]:
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = inspect.signature(type(module).forward).parameters.values()
-    return tuple(p.name for p in parameters if p.kind in kinds)[1:]
-
-
-def _arguments(
-    module: nn.Module, given: tuple[tuple[Any, ...], dict[str, Any]] | None
-) -> Arguments:
-    """Which arguments of a call are tensors."""
-    signature = inspect.signature(type(module).forward)
-    empty = inspect.Parameter.empty
-    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    fixed = [p for p in list(signature.parameters.values())[1:] if p.kind not in kinds]
-    if any(p.kind is inspect.Parameter.POSITIONAL_ONLY for p in fixed):
-        raise Refused("it has positional-only arguments")
-    if given is None:
-        tensors = tuple(p.name for p in fixed if p.default is empty)
-        return Arguments(tensors, {p.name: p.default for p in fixed if p.default is not empty})
-    try:
-        bound = signature.bind(module, *given[0], **given[1])
-    except TypeError as error:
-        raise Refused(str(error)) from None
-    bound.apply_defaults()
-    values = {p.name: bound.arguments[p.name] for p in fixed}
-    for p in signature.parameters.values():
-        if p.kind in kinds and bound.arguments[p.name]:
-            raise Refused(f"it is called with *{p.name}")
-    constants: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Tensor):
-            continue
-        if type(value) not in (type(None), bool, int, float, str):
-            raise Refused(f"its argument {name} is a {type(value).__name__}")
-        constants[name] = value
-    return Arguments(tuple(n for n in values if n not in constants), constants)

@@ -8,15 +8,17 @@ something else choose is refused.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import inspect
 import itertools
 import operator
 import random
+import sys
 import traceback
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
@@ -26,33 +28,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from tritonnorm.flow.guard import quiet_run
-from tritonnorm.fusing.watch import Same, Unwatched, freeze
+from tritonnorm.fusing.arguments import Arguments, Refused
+from tritonnorm.fusing.watch import Spies, Unwatched
 
+_CONTAINERS = (dict, list, tuple, torch.Size)
 # What code may ask of a parameter without its choice going stale.
 _CONSTANT = frozenset({"shape", "size", "dim", "ndim", "numel"})
-
-
-class Refused(Exception):
-    """Why a module has no graph, in words.
-
-    Attributes:
-        helper: a function that the code calls and that cannot be followed, if that is why.
-    """
-
-    helper: Callable[..., Any] | None = None
-
-
-@dataclass
-class Arguments:
-    """What one call of a module is given.
-
-    Attributes:
-        tensors: names of the arguments that are tensors.
-        constants: the other arguments of the signature and their values.
-    """
-
-    tensors: tuple[str, ...] = ()
-    constants: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -122,7 +103,7 @@ def _trace(
     before = [{**m.__dict__} for m in walked]
     lists = [{k: list(v) for k, v in d.items() if type(v) in (list, dict, set)} for d in before]
     modes = [m.training for m in walked]
-    dice = random.getstate()
+    dice = _dice()
     tracer = _Tracer(walked, arguments, helpers)
     try:
         for m in walked:
@@ -130,14 +111,14 @@ def _trace(
         with quiet_run(), torch.set_grad_enabled(on), contextlib.ExitStack() as stack:
             stack.enter_context(_autocast(on))
             tracer.base = tracer.surroundings()
-            spies = stack.enter_context(_Spies(reads))
+            spies = stack.enter_context(Spies(reads))
             for m in walked:
                 if not spies.watch(m):
                     raise Refused("its class cannot be watched")
             stack.enter_context(_RealOperations())
             graph = tracer.trace(module)
-    except (Refused, Unwatched) as refusal:
-        raise Refused(str(refusal)) from None
+    except (Refused, Unwatched) as known:
+        raise Refused(str(known)) from None
     except Exception as error:
         text = " ".join(str(error).split())[:120]
         refusal = Refused(f"{type(error).__name__}{': ' if text else ''}{text}")
@@ -152,13 +133,23 @@ def _trace(
     for m, kept in zip(walked, lists, strict=True):
         if any(list(m.__dict__[name]) != values for name, values in kept.items()):
             raise Refused("its code changes a list or dictionary")
-    if random.getstate() != dice:
+    if _dice() != dice:
         raise Refused("its code draws random numbers")
     if any(proxy() is not None for proxy in tracer.alive):
         gc.collect(1)  # unpacking a value leaves cycles, which are young
     if any(proxy() is not None for proxy in tracer.alive):
         raise Refused("its code keeps a value beyond the call")
     return graph
+
+
+def _dice() -> tuple[Any, ...]:
+    """The state of the generators of Python and NumPy; torch's are seen by `_RealOperations`."""
+    numpy = sys.modules.get("numpy")
+    states = [random.getstate()]
+    if numpy is not None:
+        kind, keys, *rest = numpy.random.get_state()
+        states.append((kind, keys.tobytes(), *rest))
+    return tuple(states)
 
 
 @contextlib.contextmanager
@@ -268,7 +259,16 @@ class _Tracer(fx.Tracer):
         if isinstance(a, Tensor) and not isinstance(a, fx.Proxy):
             owned = (*self.root.parameters(), *self.root.buffers())
             if not any(a is tensor for tensor in owned):
+                for name, buffer in self.root.named_buffers():
+                    if _same_memory(a, buffer):  # `Variable(self.buffer)` in older code
+                        return self.create_node("get_attr", name, (), {})
                 raise Refused("its code uses a tensor that is no parameter or buffer")
+        if isinstance(a, dict | list | tuple) and type(a) not in _CONTAINERS:
+            if dataclasses.is_dataclass(a) and isinstance(a, dict):  # as transformers returns
+                values = {f.name: getattr(a, f.name) for f in dataclasses.fields(a)}
+                return self.create_proxy("call_function", type(a), (), values).node
+            if not hasattr(a, "_fields"):
+                raise Refused(f"its code makes a {type(a).__name__}")
         return super().create_arg(a)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -292,6 +292,12 @@ class _Tracer(fx.Tracer):
         return call, [self.create_proxy("placeholder", name, (), {}) for name in names]
 
 
+def _same_memory(one: Tensor, two: Tensor) -> bool:
+    with torch._C.DisableTorchFunction():
+        alike = one.shape == two.shape and one.stride() == two.stride() and one.dtype == two.dtype
+        return alike and one.numel() > 0 and one.data_ptr() == two.data_ptr()
+
+
 def overrides_call(module: nn.Module) -> bool:
     """Whether a call of the module does more than `torch.nn.Module` does."""
     order = type(module).__mro__
@@ -312,71 +318,3 @@ class _RealOperations(TorchFunctionMode):
         if not any(type(leaf) in _PROXIES for leaf in leaves) and name not in _CONSTANT:
             raise Refused(f"its code calls {name or func} on no traced value")
         return func(*args, **kwargs)
-
-
-class _Spies:
-    """Notes which attributes the code reads, of the modules and of objects that they hold."""
-
-    def __init__(self, reads: dict[Any, Any]) -> None:
-        self.reads = reads
-        self.plain: list[tuple[Any, type]] = []
-
-    def __enter__(self) -> _Spies:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for thing, plain in self.plain:
-            object.__setattr__(thing, "__class__", plain)
-
-    def watch(self, thing: Any) -> bool:
-        """Watch an object from now on; False if its class does not allow it."""
-        if any(thing is watched for watched, _ in self.plain):
-            return True
-        plain, note = type(thing), self._note
-
-        class Spy(plain):  # type: ignore[misc, valid-type]
-            def __getattribute__(self, name: str) -> Any:
-                value = super().__getattribute__(name)
-                if self is thing:
-                    note(self, name, value)
-                return value
-
-            def __getattr__(self, name: str) -> Any:
-                value = super().__getattr__(name)
-                if self is thing:
-                    note(self, name, value)
-                return value
-
-        Spy.__name__, Spy.__module__ = plain.__name__, plain.__module__
-        Spy.__qualname__ = plain.__qualname__
-        if not hasattr(plain, "__getattr__"):
-            del Spy.__getattr__
-        try:
-            object.__setattr__(thing, "__class__", Spy)
-        except TypeError:
-            return False
-        self.plain.append((thing, plain))
-        return True
-
-    def _note(self, thing: Any, name: str, value: Any) -> None:
-        if type(value) in _PROXIES:
-            return  # set by the code itself, which is seen afterwards
-        if name.startswith("__") or getattr(value, "__self__", None) is thing:
-            return
-        if isinstance(thing, nn.Module):
-            if name in _INTERNAL:
-                return
-            tables = (thing.__dict__[table] for table in ("_modules", "_parameters", "_buffers"))
-            if value is not None and any(table.get(name) is value for table in tables):
-                return  # children are compared as a whole, tensors are read in every call
-        try:
-            frozen = freeze(value)
-        except Unwatched as kind:
-            if not hasattr(value, "__dict__") or callable(value) or not self.watch(value):
-                text = f"its code reads `{name}`, {kind}, which may change"
-                raise Unwatched(text) from None
-            frozen = Same(value)
-        self.reads[id(thing), name] = (thing, name, frozen)
-
-
-_INTERNAL = frozenset(nn.Module().__dict__) - {"training"} | {"_compiled_call_impl"}

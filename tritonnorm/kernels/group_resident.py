@@ -19,7 +19,6 @@ from .base import (
     Launch,
     cdiv,
     next_power_of_2,
-    power_of_two_blocks,
     predicted_seconds,
 )
 from .group_base import (
@@ -31,6 +30,7 @@ from .group_base import (
     group_meta,
     group_sizes,
 )
+from .tiling import power_of_two_blocks
 
 # Warps of a program -> 32-bit registers a thread may spend on what it keeps; with 16 warps it has
 # 128 at the most. The compile audit shows no spill within them on sm_80, sm_90, sm_100 and gfx942.

@@ -21,7 +21,6 @@ from .base import (
     Launch,
     cdiv,
     next_power_of_2,
-    power_of_two_blocks,
     predicted_seconds,
 )
 from .group_base import (
@@ -33,6 +32,7 @@ from .group_base import (
     group_meta,
     group_sizes,
 )
+from .tiling import power_of_two_blocks
 
 # Bytes of x in a tile, with 4 warps: two 16-byte loads a thread. Half of what `split` takes: a tile
 # has the statistics of its rows or channels besides. With twice as many the compile audit finds
