@@ -33,6 +33,7 @@ def test_rows_of_any_length(size: int) -> None:
     norms.check(NormCase("layer", (2, size)))
 
 
+@pytest.mark.slow
 def test_a_row_of_a_million() -> None:
     """Split over programs. Tiles are larger than on a GPU: the interpreter is slow."""
     case = NormCase("layer", (1, 1 << 20), needs="xwb")
