@@ -223,7 +223,7 @@ def test_check_finds_what_lost(cache: UserCache) -> None:
 
 def test_candidates_of_a_problem() -> None:
     found = candidates_for(tuned.problem(), H200)
-    assert {name for name, _ in found} == {"resident", "split"} and len(set(found)) == len(found)
+    assert {name for name, _ in found} >= {"resident", "split"} and len(set(found)) == len(found)
     first = plan(tuned.problem(), replace(H200, arch="sm_1"))
     assert found[0] == (first.algorithm, first.config)
     assert set(BY_NAME["split"].configs(tuned.problem(), H200)) <= {c for _, c in found}
