@@ -286,11 +286,11 @@ def test_nothing_is_tuned_where_it_must_not_be(
 
 def test_a_forced_plan_and_the_interpreter_are_not_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
     from tritonnorm.device import INTERPRETER
-    from tritonnorm.plan import force_plan
+    from tritonnorm.plan import force_plan, forced
 
     monkeypatch.setenv("TRITONNORM_TUNE", "force")
     monkeypatch.setattr(online, "tuned", lambda *args: pytest.fail("tuned"))
     with force_plan("split"), simulated(H200):
-        assert recipes.decided(P, H200).source == "forced"
+        assert recipes.decided(P, H200, forced()).source == "forced"
     assert recipes.decided(P, INTERPRETER).source == "formula"
     assert settings.tune_mode() == "force"
