@@ -42,7 +42,8 @@ PROBLEMS = [
 
 
 def candidates(p: Problem) -> list[Any]:
-    able = [a for a in ALGORITHMS if a.supports(p, H200) is None]
+    """The first and the last of each algorithm that the interpreter can run."""
+    able = [a for a in ALGORITHMS if a.supports(p, INTERPRETER) is None]
     return [
         (a.name, config) for a in able for config in (a.configs(p, H200)[0], a.configs(p, H200)[-1])
     ]

@@ -14,7 +14,7 @@ from .device import Device
 from .folding import Folded, Source
 from .kernels.fold_configs import problem_of
 from .kernels.folding import Batch, affine_dtype, arrange
-from .plan import on_change
+from .plan import forced, on_change
 from .recipe import decided
 
 _library = torch.library.Library("tritonnorm", "FRAGMENT")
@@ -59,7 +59,7 @@ def _batch(sources: Sequence[Source]) -> Batch:
 
 def _planned(sources: Sequence[Source]) -> Batch:
     where = Device.of(sources[0].weight.device)
-    return Batch.of(sources, decided(problem_of(sources), where).config)
+    return Batch.of(sources, decided(problem_of(sources), where, forced()).config)
 
 
 def _grad_table(grads: Sequence[Tensor | None], device: torch.device) -> Tensor:

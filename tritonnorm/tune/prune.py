@@ -119,7 +119,7 @@ def _spec(launch: Launch, tensors: Sequence[Any], target: str) -> KernelSpec:
     plain = getattr(kernel, "do_not_specialize", None) or getattr(kernel, "kwargs", {}).get(
         "do_not_specialize", ()
     )
-    kept = {"num_warps": options["num_warps"], "enable_fp_fusion": options["enable_fp_fusion"]}
+    kept = {n: v for n, v in options.items() if n not in names}
     constants = {n: v for n, v in options.items() if n in names}
     signature: dict[str, Any] = {}
     divisible = []
