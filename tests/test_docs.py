@@ -16,9 +16,11 @@ DOCS = ROOT / "docs"
 VARIABLE = re.compile(r"\bTRITONNORM_[A-Z0-9_]+\b")
 SOURCES = sorted((ROOT / "tritonnorm").rglob("*.py"))
 
-SOFT_LIMIT, HARD_LIMIT, PACKAGE_BUDGET = 350, 500, 17000
+SOFT_LIMIT, HARD_LIMIT, PACKAGE_BUDGET = 350, 500, 23000
 # Files over the soft limit, each with the reason why it is still one room.
-LONG: dict[str, str] = {}
+LONG: dict[str, str] = {
+    "tritonnorm/kernels/base.py": "what the algorithms share, and the one way to launch",
+}
 
 
 def lines_of(path: Path) -> int:
