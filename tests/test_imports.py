@@ -75,7 +75,7 @@ ROOMS = (
     Room(
         "kernels.*",
         ours=(
-            *(*PURE_LEAVES, "kernels._*", "kernels.base", "kernels.*_base"),
+            *(*PURE_LEAVES, "kernels._*", "kernels.base", "kernels.*_base", "kernels.launch"),
             *("kernels.tiling", "kernels.streaming"),
         ),
         theirs=("torch", "triton"),

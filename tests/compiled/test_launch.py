@@ -13,7 +13,7 @@ from bench.lab.fake_driver import FakeDriver, fake_driver
 from bench.launches import observe
 from tritonnorm import force_plan
 from tritonnorm.device import KNOWN, simulated
-from tritonnorm.kernels import base
+from tritonnorm.kernels import launch
 
 CALL = Call((4, 16, 8, 8), True, torch.bfloat16, "relu", residual=True)
 
@@ -106,11 +106,11 @@ def test_another_shape_of_the_same_kind_is_no_new_kernel(log) -> None:
 
 
 def test_a_driver_that_ended_leaves_nothing() -> None:
-    before = dict(base._compiled)
+    before = dict(launch._compiled)
     with simulated(KNOWN["h200"]), fake_driver():
         tensors().forward()
-        assert len(base._compiled) > len(before)
-    assert base._compiled == before
+        assert len(launch._compiled) > len(before)
+    assert launch._compiled == before
 
 
 def test_warm_launches_are_observed(log) -> None:

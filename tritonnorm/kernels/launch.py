@@ -1,0 +1,143 @@
+"""The one way to launch a kernel: what is fixed is fixed once, and what is compiled is kept."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+
+class Launch:
+    """One launch of a kernel with everything fixed but its tensors, and floats such as eps.
+
+    A kernel's arguments come in this order: tensors and floats, sizes, compile-time values.
+    Floating-point fusion is asked for explicitly: Triton 3.10 changes its default.
+
+    Args:
+        kernel: what `triton.jit` made.
+        grid: programs in up to three dimensions.
+        sizes: integers, or None for an argument that is left out of the compiled kernel.
+        num_warps: of a program.
+        cooperative: the programs wait for each other: all are resident at once, or the launch
+            fails.
+        meta: compile-time arguments by name.
+    """
+
+    __slots__ = ("_grid", "_kernel", "_options", "_sizes", "_tail")
+    sink: ClassVar[Callable[[Launch, tuple[Any, ...]], None] | None] = (
+        None  # takes launches that are not to be made
+    )
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        sizes: Sequence[int | None],
+        num_warps: int,
+        cooperative: bool = False,
+        **meta: Any,
+    ) -> None:
+        self._kernel = kernel
+        self._grid = (*grid, 1, 1)[:3]
+        self._sizes = tuple(sizes)
+        self._options = {**meta, "num_warps": num_warps, "enable_fp_fusion": True}
+        if cooperative:
+            self._options["launch_cooperative_grid"] = True
+        self._tail = (*self._sizes, *(meta[name] for name in kernel.arg_names if name in meta))
+
+    def __call__(self, *tensors: Any) -> None:
+        """Launch on the device of the first tensor."""
+        if Launch.sink is not None:
+            Launch.sink(self, tensors)
+            return
+        if not isinstance(self._kernel, JITFunction):  # the interpreter
+            if "launch_cooperative_grid" in self._options:
+                _refuse_one_after_another()
+            self._by_triton(tensors)
+            return
+        device = driver.active.get_current_device()
+        first = tensors[0]
+        if not first.is_cuda or first.get_device() == device:
+            self._run(device, tensors)
+        else:
+            with torch.cuda.device(first.device):
+                self._run(first.get_device(), tensors)
+
+    def _run(self, device: int, tensors: tuple[Any, ...]) -> None:
+        """Launch what is compiled already.
+
+        Triton's own look-up walks all arguments by name and makes a string of them. Here the sizes
+        are fixed, and what is compiled depends only on the dtypes of the tensors, if all of them
+        are aligned to 16 bytes.
+        """
+        addresses = 0
+        kinds: list[Any] = [self]
+        for t in tensors:
+            if t is None or t.__class__ is float:
+                kinds.append(None)
+            else:
+                addresses |= t.data_ptr()
+                kinds.append(t.dtype)
+        if addresses % 16:
+            self._by_triton(tensors)
+            return
+        known, key = _compiled[device], tuple(kinds)
+        compiled = known.get(key)
+        if compiled is None:
+            known[key] = self._by_triton(tensors)
+        else:
+            compiled[self._grid](*tensors, *self._tail)
+
+    def compile(self, device: int, tensors: tuple[Any, ...]) -> Any:
+        """Compile for tensors of these dtypes, aligned, without a launch; None if that is done."""
+        key = (self, *(None if t is None or t.__class__ is float else t.dtype for t in tensors))
+        if key in _compiled[device] or not isinstance(self._kernel, JITFunction):
+            return None
+        made = self._kernel.warmup(*tensors, *self._sizes, grid=self._grid, **self._all_options())
+        _compiled[device][key] = made
+        return made
+
+    @property
+    def parts(self) -> tuple[Any, tuple[int | None, ...], dict[str, Any]]:
+        """The kernel, its sizes, and its compile-time arguments and options."""
+        return self._kernel, self._sizes, self._options
+
+    def _by_triton(self, tensors: tuple[Any, ...]) -> Any:
+        return self._kernel[self._grid](*tensors, *self._sizes, **self._all_options())
+
+    def _all_options(self) -> dict[str, Any]:
+        """The options, and what programs that wait for each other need on the target."""
+        options = self._options
+        if "launch_cooperative_grid" in options and isinstance(self._kernel, JITFunction):
+            if driver.active.get_current_target().backend == "cuda":
+                return {**options, "maxnreg": MOST_REGISTERS}
+        return options
+
+
+# Of a thread, where programs must fit together. Asked for by name, as ptxas would rather spill a
+# few registers to fit a third program on a multiprocessor (BN+gelu, fp16 NCHW, sm_80 and sm_100).
+MOST_REGISTERS = 255
+
+
+def _refuse_one_after_another() -> None:
+    """Raise where programs that wait for each other would wait for ever."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    if not getattr(InterpreterBuilder, "interleaved", False):
+        raise RuntimeError(
+            "the interpreter runs programs one after another, so they cannot meet: plan for "
+            "tritonnorm.device.INTERPRETER, or use bench.lab.scheduler.interleaved"
+        )
+
+
+# Device -> launch and dtypes -> compiled kernel.
+_compiled: defaultdict[int, dict[tuple[Any, ...], Any]] = defaultdict(dict)
+
+
+def forget_compiled(device: int) -> None:
+    """Let go of what was compiled for a device: its driver ends."""
+    _compiled.pop(device, None)
