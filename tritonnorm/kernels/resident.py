@@ -87,6 +87,7 @@ class Resident:
             return None
         for warps, payload in PAYLOAD.items():
             threads = warps * device.warp
+            payload = payload * 32 // device.warp  # all of it spills on gfx942 (BN+silu, 14x14)
             elements = max(TILE, threads * 16 // problem.dtype.itemsize)
             least = threads * 16 // problem.dtype.itemsize // block_c
             most = max(1, elements // block_c)
@@ -180,7 +181,7 @@ class Resident:
 
 def whole_planes(problem: Problem, config: Config) -> bool:
     """Whether a configuration is for `Problem.flat` and not for the problem as it is."""
-    return config.block_c > 1 and not problem.view.channels_last
+    return problem.plane > 1 and config.block_c >= problem.plane * _aligned(problem)
 
 
 def _aligned(problem: Problem) -> int:
