@@ -76,7 +76,7 @@ def test_signature() -> None:
         ({"act_layer": nn.GELU, "act_kwargs": {"approximate": "tanh"}}, True),
         ({"act_layer": nn.LeakyReLU, "act_kwargs": {"negative_slope": 0.2}}, True),
         ({"act_layer": nn.PReLU}, False),
-        ({"drop_layer": lambda: nn.Dropout2d(0.5)}, False),
+        ({"drop_layer": nn.Dropout2d}, False),
     ],
     ids=str,
 )
