@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
+from bench.lab.kept import kept_kernels
+
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread a worker: they share the cores
-# A kept kernel names the source lines of the checkout that compiled it: a cache for each checkout.
-os.environ.setdefault(
-    "TRITON_CACHE_DIR", str(Path(__file__).resolve().parent.parent / ".pytest_cache" / "triton")
-)
+ROOT = Path(__file__).resolve().parent.parent
+if "TRITON_CACHE_DIR" not in os.environ:
+    os.environ["TRITON_CACHE_DIR"] = kept_kernels(ROOT / ".pytest_cache" / "triton")
 # Plans are the formula's, whatever ships or was tuned on this machine; tests of tables set it anew.
 os.environ["TRITONNORM_TUNE"] = "heuristic"
 os.environ["TRITONNORM_CACHE_DIR"] = os.devnull  # nothing can be kept there

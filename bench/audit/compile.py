@@ -8,6 +8,7 @@ anywhere.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from bench.call import DIRECTIONS, Call, Direction
+from bench.lab.kept import kept_kernels
 from bench.norm_call import NormCall
 from bench.processes import Job, Progress, run_jobs, silent
 from tritonnorm.device import KNOWN, simulated
@@ -118,8 +120,6 @@ def cases(quick: bool = False) -> list[CompileCase]:
         (Call(large, False, activation="relu", training=False), "affine"),
         (Call(small, True, **fused), "resident"),
         (Call((32, 256, 14, 14), False, **fused), "resident"),
-        (Call(large, True, **fused), "persistent"),
-        (Call(large, False, **fused), "persistent"),
     ]
     options: tuple[dict[str, Any], ...] = (
         {"dtype": torch.float32, "activation": "mish", "residual": True},
@@ -148,10 +148,19 @@ def cases(quick: bool = False) -> list[CompileCase]:
         (Call((256, 1024), False, **fused), "resident"),  # (N, C) input
     ]
     pairs = (("sm_80", "gfx942"), ("sm_90", "sm_100"))
-    return [CompileCase(*each, target) for each in every for target in GPUS] + [
-        CompileCase(*each, target, every_config=False, disassemble=each[0].op == "BN+add+relu")
-        for i, each in enumerate(other)
-        for target in pairs[i % 2]
+    meeting = [
+        CompileCase(Call(large, target in ("sm_90", "gfx942"), **fused), "persistent", target)
+        for target in GPUS
+    ]
+    every_one = [CompileCase(*each, target) for each in every for target in GPUS]
+    return [
+        *every_one,
+        *meeting,
+        *(
+            CompileCase(*each, target, every_config=False, disassemble=each[0].op == "BN+add+relu")
+            for i, each in enumerate(other)
+            for target in pairs[i % 2]
+        ),
     ]
 
 
@@ -257,7 +266,8 @@ def _row(
 
 
 def audit_all(progress: Progress, todo: Sequence[CompileCase]) -> list[list[CompileRow]]:
-    """`audit` of each case, in order."""
+    """`audit` of each case, in order; in a process of its own, which keeps kernels apart."""
+    os.environ["TRITON_CACHE_DIR"] = kept_kernels()
     rows = []
     for i, case in enumerate(todo):
         progress(i, len(todo), f"{case.target} {case.algorithm} {case.call.op} {case.call.layout}")

@@ -123,7 +123,7 @@ def run(
         pixels=tuple(pixels.shape),
         dtype=dtype,
         batch_norms=len(batch_norms(original)),
-        replaced=report.counts.get("replaced", 0),
+        replaced=sum(report.counts.get(what, 0) for what in ("replaced", "fused")),
         report=str(report),
         launches=launches,
         ours=_errors(ours, exact),
