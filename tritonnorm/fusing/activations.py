@@ -10,41 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from tritonnorm import activation as activations
+from tritonnorm.activation import ACTIVATIONS
 from tritonnorm.fusing.watch import Unwatched, freeze
 
 ModuleOf = Callable[[fx.Node], nn.Module]
 Activation = tuple[str, tuple[float, ...]]
 
-# Activation modules: the name in tritonnorm.activation and how to read the parameters.
-MODULES: dict[type[nn.Module], tuple[str, Callable[[Any], tuple[float, ...]]]] = {
-    nn.ReLU: ("relu", lambda m: ()),
-    nn.ReLU6: ("relu6", lambda m: ()),
-    nn.LeakyReLU: ("leaky_relu", lambda m: (float(m.negative_slope),)),
-    nn.Hardsigmoid: ("hardsigmoid", lambda m: ()),
-    nn.Hardswish: ("hardswish", lambda m: ()),
-    nn.Sigmoid: ("sigmoid", lambda m: ()),
-    nn.Tanh: ("tanh", lambda m: ()),
-    nn.SiLU: ("silu", lambda m: ()),
-    nn.GELU: ("gelu", lambda m: ()),
-    nn.ELU: ("elu", lambda m: (float(m.alpha),)),
-    nn.Softplus: ("softplus", lambda m: (float(m.beta), float(m.threshold))),
-    nn.Mish: ("mish", lambda m: ()),
-}
 # Functions and methods: the name, and the names of parameters with their defaults.
-_PLAIN: dict[str, tuple[tuple[str, float], ...]] = {
-    "relu": (),
-    "relu6": (),
-    "leaky_relu": (("negative_slope", 0.01),),
-    "hardsigmoid": (),
-    "hardswish": (),
-    "sigmoid": (),
-    "tanh": (),
-    "silu": (),
-    "gelu": (),
-    "elu": (("alpha", 1.0),),
-    "softplus": (("beta", 1.0), ("threshold", 20.0)),
-    "mish": (),
-}
+_PLAIN = {name: known.defaults for name, known in ACTIVATIONS.items() if name != "gelu_tanh"}
 FUNCTIONS: dict[Any, str] = {
     getattr(room, found): name
     for name in _PLAIN
@@ -101,12 +75,8 @@ def of_module(module: nn.Module) -> Activation | None:
     """The activation that a module of torch is; None for any other module."""
     if type(module) is nn.Hardtanh:
         return ("relu6", ()) if (module.min_val, module.max_val) == (0, 6) else None
-    entry = MODULES.get(type(module))
-    if entry is None or "forward" in module.__dict__:
-        return None
-    if type(module) is nn.GELU and module.approximate != "none":
-        return ("gelu_tanh", ()) if module.approximate == "tanh" else None
-    return entry[0], entry[1](module)
+    found = None if "forward" in module.__dict__ else activations.of_module(module)
+    return None if found is None or found[0] is None else (found[0], found[1])
 
 
 def settings_of(module: nn.Module) -> list[tuple[str, Any]]:
