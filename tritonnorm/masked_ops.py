@@ -17,6 +17,7 @@ from . import reference
 from .activation import ACTIVATIONS
 from .device import Device
 from .kernels.masked_launches import MaskedLaunches, launches
+from .ops import vector_of
 from .problem import View
 
 _library = torch.library.Library("tritonnorm", "FRAGMENT")
@@ -78,10 +79,6 @@ def _statistics(x: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
     return mean, torch.empty_like(mean)
 
 
-def _vector(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.contiguous()
-
-
 def _training(
     input: Tensor,
     keep: Tensor,
@@ -102,7 +99,7 @@ def _training(
     count = mean.new_empty(1)
     _launches(y, input, activation, activation_args).training(
         *(_dense(input, y), keep, y, (mean, rstd, count)),
-        *((_vector(weight), _vector(bias)), running, momentum, eps),
+        *((vector_of(weight), vector_of(bias)), running, momentum, eps),
     )
     return y, mean, rstd, count
 
@@ -123,7 +120,7 @@ def _inference(
     mean, rstd = _statistics(input, save_statistics)
     _launches(y, input, activation, activation_args).inference(
         *(_dense(input, y), keep, y, (mean, rstd) if save_statistics else (None, None)),
-        *((_vector(weight), _vector(bias)), (running_mean, running_var), eps),
+        *((vector_of(weight), vector_of(bias)), (running_mean, running_var), eps),
     )
     return y, mean, rstd
 
@@ -147,7 +144,7 @@ def _backward(
     wanted = [t if n else None for t, n in zip(outputs, needs, strict=True)]
     _launches(like, input, activation, activation_args).backward(
         *(_dense(grad, like), _dense(input, like), keep, (mean, rstd, count)),
-        *((_vector(weight), _vector(bias)), wanted),
+        *((vector_of(weight), vector_of(bias)), wanted),
     )
     return outputs
 

@@ -23,8 +23,7 @@ from tritonnorm.fusing.watch import Unwatched, is_still
 from tritonnorm.nn import _FusedBatchNorm
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL = tuple(f"_global{name}" for name in ("_backward_hooks", "_backward_pre_hooks"))
-_GLOBAL += ("_global_forward_hooks", "_global_forward_pre_hooks")
+_GLOBAL = tuple(f"_global{name}" for name in HOOKS)
 
 
 def fused(bn: Any, x: Tensor, activation: str | None, args: tuple[float, ...]) -> Tensor:
