@@ -16,7 +16,7 @@ from torch import Tensor
 from bench.call import Direction
 from tritonnorm import functional
 from tritonnorm.activation import ACTIVATIONS
-from tritonnorm.group_problem import GroupProblem, group_view
+from tritonnorm.norms.problem import GroupProblem, group_view
 from tritonnorm.problem import Activity
 
 Norm = Literal["group", "layer", "instance", "rms"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bench.norm_call import NormCall, NormTensors
-from tritonnorm import group_reference
+from tritonnorm.norms import reference
 
 __all__ = ["norm_errors"]
 
@@ -45,9 +45,9 @@ def norm_errors(
         weight = t.weight.detach()
         bias = None if t.bias is None else t.bias.detach()
         given = (x[part], groups, weight, bias, eps, call.norm != "rms", call.activation, (), z)
-        add("y", found[part], group_reference.forward(*given))
+        add("y", found[part], reference.forward(*given))
         if gradients:
-            right = group_reference.backward(dy[part], *given)
+            right = reference.backward(dy[part], *given)
             for name in gradients:
                 exact = getattr(right, f"d{name}")
                 if name in ("weight", "bias"):

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from tests.cases import LAYOUTS
 from tests.matrix import FEW, JUMPS, poisoned
-from tritonnorm import functional, group_reference
+from tritonnorm import functional
 from tritonnorm.activation import resolve
+from tritonnorm.norms import reference as group_reference
 from tritonnorm.plan import force_plan
 
 EPS = 1e-5
@@ -211,7 +212,7 @@ def expected(case: NormCase, data: NormData) -> dict[str, tuple[Tensor, float]]:
 @contextlib.contextmanager
 def ran() -> Iterator[list[str]]:
     """The algorithms that the operators take while the context lasts, in order."""
-    from tritonnorm import group_ops
+    from tritonnorm.norms import ops as group_ops
 
     names: list[str] = []
     recipe = group_ops.recipe

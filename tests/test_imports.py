@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("tritonnorm", "bench")
 LEAVES = (
-    *("activation", "conditions", "device", "folding", "group_problem", "group_reference"),
+    *("activation", "conditions", "device", "folding", "norms.problem", "norms.reference"),
     *("problem", "reference", "report", "settings"),
 )
 
@@ -37,13 +37,13 @@ PURE_LEAVES = tuple(leaf for leaf in LEAVES if leaf not in ("report", "settings"
 LOOKUP = ("tune.key", "tune.revisions", "tune.agree", "tune.store", "tune.lookup")
 BELOW_OPS = (*LEAVES, *KERNELS, "plan", "recipe")
 BELOW_NN = (*BELOW_OPS, "ops", "autograd", "functional")
-SYNC = ("sync", "sync_nn")
+SYNC = ("sync.functional", "sync.nn")
 ABOVE = (*BELOW_NN, "nn", "joined", "conv_nn", *SYNC)
 ROOMS = (
     Room("report", ours=(), theirs=("pandas",)),
     Room("reference", ours=("activation",)),
-    Room("group_reference", ours=("activation", "reference")),
-    Room("group_problem", ours=("problem",)),
+    Room("norms.reference", ours=("activation", "reference")),
+    Room("norms.problem", ours=("problem",)),
     Room("conditions", ours=("device", "settings")),
     *(Room(leaf, ours=()) for leaf in LEAVES),
     Room("kernels._body", ours=("kernels._tile", "kernels._epilogue"), theirs=("triton",)),
@@ -107,18 +107,19 @@ ROOMS = (
     ),
     Room("ops", ours=BELOW_OPS),
     Room("autograd", ours=(*LEAVES, "ops", "recipe")),
-    Room("group_ops", ours=(*BELOW_OPS, "kernels.group_base", "ops")),
-    Room("group_autograd", ours=(*LEAVES, "group_ops")),
-    Room("norms", ours=(*LEAVES, "group_autograd", "functional")),
-    Room("functional", ours=(*LEAVES, "autograd", "norms")),
+    *(Room(room, ours=()) for room in ("norms", "sequences", "sync")),
+    Room("norms.ops", ours=(*BELOW_OPS, "kernels.group_base", "ops")),
+    Room("norms.autograd", ours=(*LEAVES, "norms.ops")),
+    Room("norms.functional", ours=(*LEAVES, "norms.autograd", "functional")),
+    Room("functional", ours=(*LEAVES, "autograd", "norms.functional")),
     Room("nn", ours=(*LEAVES, "functional")),
-    Room("sync_ops", ours=(*BELOW_OPS, "ops", "kernels.synced")),
-    Room("sync", ours=(*LEAVES, "ops", "functional", "sync_ops")),
-    Room("sync_nn", ours=(*LEAVES, "nn", "sync")),
-    Room("masked_ops", ours=(*LEAVES, "ops", "kernels.masked_launches")),
-    Room("sequences", ours=(*LEAVES, "functional", "masked_ops")),
-    Room("recurrent", ours=("sequences",)),
-    Room("norm_nn", ours=(*LEAVES, "functional")),
+    Room("sync.ops", ours=(*BELOW_OPS, "ops", "kernels.synced")),
+    Room("sync.functional", ours=(*LEAVES, "ops", "functional", "sync.ops")),
+    Room("sync.nn", ours=(*LEAVES, "nn", "sync.functional")),
+    Room("sequences.ops", ours=(*LEAVES, "ops", "kernels.masked_launches")),
+    Room("sequences.masked", ours=(*LEAVES, "functional", "sequences.ops")),
+    Room("sequences.recurrent", ours=("sequences.masked",)),
+    Room("norms.nn", ours=(*LEAVES, "functional")),
     Room("joined", ours=(*LEAVES, "nn")),
     Room("conv_nn", ours=("joined", "nn")),
     Room("fold_ops", ours=(*LEAVES, "kernels.folding", "kernels.fold_configs", "plan", "recipe")),
@@ -127,8 +128,8 @@ ROOMS = (
     Room("flow*", ours=("flow.guard",)),
     Room("fusing", ours=()),
     Room("fusing.*", ours=(*ABOVE, "flow.*", "fusing.*")),
-    Room("swap_norms", ours=("norm_nn", "report")),
-    Room("replace", ours=(*ABOVE, "flow.*", "fusing.*", "swap_norms")),
+    Room("norms.swap", ours=("norms.nn", "report")),
+    Room("replace", ours=(*ABOVE, "flow.*", "fusing.*", "norms.swap")),
     Room("fold", ours=(*ABOVE, "flow.*", "fold.*")),
     Room("fold.*", ours=(*ABOVE, "flow.*", "fold", "fold.*")),
     Room("cli*", ours=("*", ""), theirs=("torch", "triton", "safetensors", "rich")),
@@ -136,7 +137,16 @@ ROOMS = (
     Room(
         "",
         ours=(
-            *(*ABOVE, "sequences", "recurrent", "norm_nn", "replace", "freeze", "fold", "fold.*"),
+            *(
+                *ABOVE,
+                "sequences.masked",
+                "sequences.recurrent",
+                "norms.nn",
+                "replace",
+                "freeze",
+                "fold",
+                "fold.*",
+            ),
             *("explanation", "warming"),
         ),
     ),
@@ -212,9 +222,9 @@ def test_the_package_keeps_to_the_table(module: str) -> None:
 
 
 BENCH_MAY = {
-    *("", "nn", "norm_nn", "functional", "replace", "fold"),  # the public API
+    *("", "nn", "norms.nn", "functional", "replace", "fold"),  # the public API
     *("timing", "problem", "plan", "reference", "tune.static", "tune.prune", "activation"),
-    *("group_problem", "group_reference"),
+    *("norms.problem", "norms.reference"),
     *("tune.networks", "folding", "fold_ops"),  # bench.folds measures the last two
     *(
         "device",

@@ -14,10 +14,11 @@ import tritonnorm
 from bench.lab.traffic import trace
 from bench.launches import observe
 from tests.matrix import poisoned
-from tritonnorm import reference, sequences
+from tritonnorm import reference
 from tritonnorm.device import Device
 from tritonnorm.kernels.masked_launches import MaskedShape, launches
-from tritonnorm.sequences import masked_batch_norm, valid_positions
+from tritonnorm.sequences import masked as sequences
+from tritonnorm.sequences.masked import masked_batch_norm, valid_positions
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NAN = float("nan")

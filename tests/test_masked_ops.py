@@ -11,8 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tritonnorm
 from bench.lab.traffic import trace
-from tritonnorm import masked_ops as _masked_ops  # noqa: F401  registers the operators
-from tritonnorm.sequences import masked_batch_norm
+from tritonnorm.sequences import ops as _masked_ops  # noqa: F401  registers the operators
+from tritonnorm.sequences.masked import masked_batch_norm
 
 OPS = torch.ops.tritonnorm
 KEEP = torch.tensor([[1, 1, 0, 1], [0, 0, 0, 0], [1, 0, 0, 0]], dtype=torch.uint8)

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tests import cases, norms
 from tests.test_ops import LAYOUTS, opcheck, tensor
 from tritonnorm import functional
-from tritonnorm import group_ops as _ops  # noqa: F401  registers torch.ops.tritonnorm
+from tritonnorm.norms import ops as _ops  # noqa: F401  registers torch.ops.tritonnorm
 
 OPS = torch.ops.tritonnorm
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import tritonnorm
-from tritonnorm.swap_norms import NORMS
+from tritonnorm.norms.swap import NORMS
 
 
 class Own(nn.LayerNorm):

@@ -23,7 +23,7 @@ from tritonnorm import (
     convert_sync_batchnorm,
     revert_sync_batchnorm,
 )
-from tritonnorm.sync_nn import SyncBatchNormAct2d
+from tritonnorm.sync.nn import SyncBatchNormAct2d
 
 
 def test_constructor_is_torchs() -> None:

@@ -11,8 +11,8 @@ from torch import Tensor
 from tests import cases, matrix
 from tritonnorm import force_plan
 from tritonnorm import ops as _ops  # noqa: F401  registers torch.ops.tritonnorm
-from tritonnorm import sync_ops as _sync_ops  # noqa: F401  and the four around collectives
 from tritonnorm.kernels.base import Config
+from tritonnorm.sync import ops as _sync_ops  # noqa: F401  and the four around collectives
 
 OPS = torch.ops.tritonnorm
 

@@ -21,23 +21,23 @@ from .nn import BatchNorm1d as BatchNorm1d
 from .nn import BatchNorm2d as BatchNorm2d
 from .nn import BatchNorm3d as BatchNorm3d
 from .nn import BatchNormAct2d as BatchNormAct2d
-from .norm_nn import GroupNorm as GroupNorm
-from .norm_nn import InstanceNorm1d as InstanceNorm1d
-from .norm_nn import InstanceNorm2d as InstanceNorm2d
-from .norm_nn import InstanceNorm3d as InstanceNorm3d
-from .norm_nn import LayerNorm as LayerNorm
-from .norm_nn import RMSNorm as RMSNorm
-from .recurrent import BatchNormLSTM as BatchNormLSTM
-from .recurrent import BatchNormLSTMCell as BatchNormLSTMCell
-from .recurrent import RecurrentBatchNorm as RecurrentBatchNorm
+from .norms.nn import GroupNorm as GroupNorm
+from .norms.nn import InstanceNorm1d as InstanceNorm1d
+from .norms.nn import InstanceNorm2d as InstanceNorm2d
+from .norms.nn import InstanceNorm3d as InstanceNorm3d
+from .norms.nn import LayerNorm as LayerNorm
+from .norms.nn import RMSNorm as RMSNorm
 from .replace import replace as replace
 from .replace import restore as restore
 from .report import Report as Report
-from .sequences import MaskedBatchNorm1d as MaskedBatchNorm1d
-from .sequences import masked_batch_norm as masked_batch_norm
-from .sync_nn import SyncBatchNorm as SyncBatchNorm
-from .sync_nn import convert_sync_batchnorm as convert_sync_batchnorm
-from .sync_nn import revert_sync_batchnorm as revert_sync_batchnorm
+from .sequences.masked import MaskedBatchNorm1d as MaskedBatchNorm1d
+from .sequences.masked import masked_batch_norm as masked_batch_norm
+from .sequences.recurrent import BatchNormLSTM as BatchNormLSTM
+from .sequences.recurrent import BatchNormLSTMCell as BatchNormLSTMCell
+from .sequences.recurrent import RecurrentBatchNorm as RecurrentBatchNorm
+from .sync.nn import SyncBatchNorm as SyncBatchNorm
+from .sync.nn import convert_sync_batchnorm as convert_sync_batchnorm
+from .sync.nn import revert_sync_batchnorm as revert_sync_batchnorm
 
 if TYPE_CHECKING:
     from .explanation import explain as explain

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from .device import Device
-from .group_problem import GroupProblem
 from .kernels import algorithms_for
 from .kernels.base import Config
+from .norms.problem import GroupProblem
 from .observe import observe
 from .plan import Forced, Plan, choose, fewest_bytes, forced, tuned
 from .problem import Problem

@@ -22,10 +22,10 @@ from .conditions import (
 )
 from .conditions import has_triton as has_triton
 from .conditions import surroundings as surroundings
-from .norms import group_norm as group_norm
-from .norms import instance_norm as instance_norm
-from .norms import layer_norm as layer_norm
-from .norms import rms_norm as rms_norm
+from .norms.functional import group_norm as group_norm
+from .norms.functional import instance_norm as instance_norm
+from .norms.functional import layer_norm as layer_norm
+from .norms.functional import rms_norm as rms_norm
 
 _accepted = Accepted()
 

@@ -18,9 +18,9 @@ import torch
 
 from . import settings
 from .device import Device
-from .group_problem import GroupProblem, minimum_group_bytes
 from .kernels import BY_NAME, FOLDS, algorithms_for
 from .kernels.base import Algorithm, Config
+from .norms.problem import GroupProblem, minimum_group_bytes
 from .problem import FoldProblem, Problem, minimum_bytes
 from .tune.key import Key
 from .tune.standing import SEEN, on_change

@@ -20,8 +20,8 @@ from tritonnorm.flow.inputs import Call, calls_from
 from tritonnorm.fusing.forward import FusedForward
 from tritonnorm.fusing.search import Found, search
 from tritonnorm.fusing.verify import differing, recorded
+from tritonnorm.norms.swap import check_norms, restore_norms, swap_norms
 from tritonnorm.report import LEFT, Report, Row
-from tritonnorm.swap_norms import check_norms, restore_norms, swap_norms
 
 __all__ = ["replace", "restore"]
 

@@ -21,9 +21,9 @@ from bench.lab.kept import kept_kernels
 from bench.norm_call import NormCall
 from bench.processes import Job, Progress, run_jobs, silent
 from tritonnorm.device import KNOWN, simulated
-from tritonnorm.group_problem import GroupProblem
 from tritonnorm.kernels import BY_NAME
 from tritonnorm.kernels.base import Config
+from tritonnorm.norms.problem import GroupProblem
 from tritonnorm.plan import force_plan, plan
 from tritonnorm.problem import Problem
 from tritonnorm.tune.prune import access_width, widths

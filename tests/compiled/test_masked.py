@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 from bench.audit.compile import GPUS
 from bench.lab.fake_driver import fake_driver
 from tritonnorm.device import KNOWN, simulated
-from tritonnorm.sequences import masked_batch_norm
+from tritonnorm.sequences.masked import masked_batch_norm
 
 FORWARD = ["masked_moments_kernel", "combine_masked_moments_kernel", "masked_apply_kernel"]
 BACKWARD = ["masked_gradient_kernel", "combine_sums_kernel", "masked_gradient_kernel"]

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from bench.lab.fake_driver import fake_driver
-from tritonnorm import sync_ops
 from tritonnorm.device import KNOWN, simulated
+from tritonnorm.sync import ops
 
 FORWARD = ["moments_kernel", "combine_moments_kernel", "combine_moments_kernel", "apply_kernel"]
 BACKWARD = ["gradient_kernel", "combine_sums_kernel", "gradient_kernel"]
@@ -23,14 +23,14 @@ def test_a_step_of_one_rank(gpu: str, dtype: torch.dtype) -> None:
     with simulated(KNOWN[gpu]), fake_driver() as log:
         for _ in range(2):  # the second is warm
             log.launches.clear()
-            moments = sync_ops.call("moments", x)
+            moments = ops.call("moments", x)
             gathered = torch.stack([moments, moments])
-            _, mean, rstd, merged, mask = sync_ops.call(
+            _, mean, rstd, merged, mask = ops.call(
                 "apply_moments", x, z, vector, vector, gathered, *buffers, None, 1e-5,
                 "relu", (), True,
             )  # fmt: skip
             saved = (dy, x, None, mask, vector, vector, mean, rstd)
-            sums, _, _ = sync_ops.call("gradient_sums", *saved, "relu", (), [True, True])
-            sync_ops.call("apply_gradient_sums", *saved, sums, merged[0], "relu", (), [True, True])
+            sums, _, _ = ops.call("gradient_sums", *saved, "relu", (), [True, True])
+            ops.call("apply_gradient_sums", *saved, sums, merged[0], "relu", (), [True, True])
         assert [launch.kernel for launch in log.launches] == FORWARD + BACKWARD
         assert len(log.variants) == 7  # a kernel for each launch, and none for the warm ones

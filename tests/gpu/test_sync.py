@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tritonnorm import nn
-from tritonnorm.sync import sync_batch_norm
+from tritonnorm.sync.functional import sync_batch_norm
 
 SHAPE = (8, 12, 14, 14)
 

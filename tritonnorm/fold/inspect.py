@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from tritonnorm import nn as ours
 from tritonnorm.flow.guard import storage_key
-from tritonnorm.sync_nn import SyncBatchNorm, SyncBatchNormAct2d
+from tritonnorm.sync.nn import SyncBatchNorm, SyncBatchNormAct2d
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

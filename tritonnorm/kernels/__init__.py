@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tritonnorm.group_problem import GroupProblem
+from tritonnorm.norms.problem import GroupProblem
 from tritonnorm.problem import Problem
 
 from .affine import Affine

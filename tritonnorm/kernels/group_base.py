@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonnorm.group_problem import GroupProblem
+from tritonnorm.norms.problem import GroupProblem
 
 from ._group_combine import combine_parameters_kernel
 from .base import Config, Launch, cdiv, next_power_of_2

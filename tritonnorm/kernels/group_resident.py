@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from tritonnorm.device import Device
-from tritonnorm.group_problem import GroupProblem, minimum_group_bytes
+from tritonnorm.norms.problem import GroupProblem, minimum_group_bytes
 
 from ._group_resident import backward_kernel, forward_kernel
 from .base import (

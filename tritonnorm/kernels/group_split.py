@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from tritonnorm.device import Device
-from tritonnorm.group_problem import GroupProblem, minimum_group_bytes
+from tritonnorm.norms.problem import GroupProblem, minimum_group_bytes
 
 from ._group_combine import combine_moments_kernel, combine_sums_kernel
 from ._group_split import apply_kernel, gradient_kernel, moments_kernel, sums_kernel

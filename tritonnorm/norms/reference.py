@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .activation import resolve
-from .reference import Backward, apply, channels
+from tritonnorm.activation import resolve
+from tritonnorm.reference import Backward, apply, channels
 
 
 def normalized(x: Tensor, groups: int, eps: float, centred: bool = True) -> Tensor:

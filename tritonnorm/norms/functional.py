@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import activation as activations
-from .conditions import (
+from tritonnorm import activation as activations
+from tritonnorm.conditions import (
     Accepted,
     call_key,
     check_residual,
@@ -69,9 +69,9 @@ def group_norm(
     if fine is None:
         y = F.group_norm(input, num_groups, weight, bias, eps)
         return _epilogue(y, residual, activation, activation_args)
-    from . import group_autograd
+    from . import autograd
 
-    return group_autograd.group_norm(input, residual, weight, bias, num_groups, True, eps, *fine)[0]
+    return autograd.group_norm(input, residual, weight, bias, num_groups, True, eps, *fine)[0]
 
 
 def layer_norm(
@@ -201,7 +201,7 @@ def instance_norm(
     """
     epilogue: dict[str, Any] = {"activation": activation, "activation_args": activation_args}
     if not use_input_stats and running_mean is not None and running_var is not None:
-        from . import functional
+        from tritonnorm import functional
 
         return functional.batch_norm(
             input, running_mean, running_var, weight, bias, False, momentum, eps,
@@ -223,10 +223,10 @@ def instance_norm(
     if fine is None:
         y = F.instance_norm(input, *running, weight, bias, use_input_stats, momentum, eps)
         return _epilogue(y, residual, **epilogue)
-    from . import group_autograd
+    from . import autograd
 
     own_eps = eps + 0.0  # dynamo loses a float that it first meets within an autograd.Function
-    y, mean, rstd = group_autograd.group_norm(
+    y, mean, rstd = autograd.group_norm(
         input, residual, weight, bias, input.shape[1], True, eps, *fine
     )
     if running_mean is not None and running_var is not None:
@@ -256,7 +256,7 @@ def _rows(
     )  # fmt: skip
     if fine is None:
         return None
-    from . import group_autograd
+    from . import autograd
 
     size = math.prod(shape)
     if eps is None:
@@ -267,7 +267,7 @@ def _rows(
         found = t.reshape(-1, size)
         return found if found.stride(1) == 1 or size == 1 else found.contiguous()
 
-    y = group_autograd.group_norm(
+    y = autograd.group_norm(
         rows(input),
         None if residual is None else rows(residual),
         None if weight is None else weight.reshape(-1),

@@ -1,8 +1,8 @@
 """The operators of group, layer, instance and RMS norm: schema, fake, and the execution of a plan.
 
 All four are `group_norm` and `group_norm_backward` in the namespace ``tritonnorm``, as
-`group_problem` describes them. Arguments are checked above, in `norms`; gradients are attached by
-`group_autograd`.
+`problem` describes them. Arguments are checked above, in `functional`; gradients are attached by
+`autograd`.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from .device import Device
-from .group_problem import GroupProblem, canonical, contiguous, group_view
-from .kernels.base import EpilogueArguments
-from .kernels.group_base import GroupBackward, GroupForward
-from .ops import dense_like, unwatched, vector_of
-from .plan import Forced, Plan, choose, forced
-from .problem import View
-from .recipe import activity
+from tritonnorm.device import Device
+from tritonnorm.kernels.base import EpilogueArguments
+from tritonnorm.kernels.group_base import GroupBackward, GroupForward
+from tritonnorm.ops import dense_like, unwatched, vector_of
+from tritonnorm.plan import Forced, Plan, choose, forced
+from tritonnorm.problem import View
+from tritonnorm.recipe import activity
+
+from .problem import GroupProblem, canonical, contiguous, group_view
 
 _library = torch.library.Library("tritonnorm", "FRAGMENT")
 _tags = (torch.Tag.pt2_compliant_tag,)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function
 
-from . import functional
-from .activation import resolve
+from tritonnorm import functional
+from tritonnorm.activation import resolve
 
 # torch >= 2.13 builds group and instance norms with a weight and no bias.
 _HAS_BIAS_ARGUMENT = "bias" in inspect.signature(torch.nn.GroupNorm).parameters

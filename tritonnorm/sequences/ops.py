@@ -2,7 +2,7 @@
 
 `masked_batch_norm_training`, `masked_batch_norm_inference` and `masked_batch_norm_backward` in the
 namespace ``tritonnorm``. The input is ``[N, C, L]`` in one of two memory orders, the second being
-``[N, L, C]``; anything else is copied into the nearer one. Arguments are checked in `sequences`.
+``[N, L, C]``; anything else is copied into the nearer one. Arguments are checked in `masked`.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
-from .activation import ACTIVATIONS
-from .device import Device
-from .kernels.masked_launches import MaskedLaunches, launches
-from .ops import vector_of
-from .problem import View
+from tritonnorm import reference
+from tritonnorm.activation import ACTIVATIONS
+from tritonnorm.device import Device
+from tritonnorm.kernels.masked_launches import MaskedLaunches, launches
+from tritonnorm.ops import vector_of
+from tritonnorm.problem import View
 
 _library = torch.library.Library("tritonnorm", "FRAGMENT")
 _tags = (torch.Tag.pt2_compliant_tag,)

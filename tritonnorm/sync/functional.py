@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function
 
-from . import activation as activations
-from . import conditions, functional, reference
-from .activation import ACTIVATIONS
+from tritonnorm import activation as activations
+from tritonnorm import conditions, functional, reference
+from tritonnorm.activation import ACTIVATIONS
 
 
 def sync_batch_norm(
@@ -102,12 +102,12 @@ class SyncFunction(torch.autograd.Function):
         buffers = (running_mean, running_var, counter)
         kept, mask = None, None
         if kernels:
-            from . import sync_ops
+            from . import ops
 
             two_valued = bool(activation) and ACTIVATIONS[activation].two_valued
             save_mask = residual is not None and two_valued
-            gathered = _gather(sync_ops.call("moments", x), ranks, group)
-            y, mean, rstd, merged, bits = sync_ops.call(
+            gathered = _gather(ops.call("moments", x), ranks, group)
+            y, mean, rstd, merged, bits = ops.call(
                 *("apply_moments", x, residual, weight, bias, gathered, *buffers),
                 *(momentum, eps, activation, activation_args, save_mask),
             )
@@ -135,16 +135,16 @@ class SyncFunction(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             found = _differentiable_backward(ctx, grads[0], needs)
         elif kernels:
-            from . import sync_ops
+            from . import ops
 
             sums = dx = dresidual = dweight = dbias = None
             if needs[0] or needs[2] or needs[3]:
-                own, dweight, dbias = sync_ops.call(
+                own, dweight, dbias = ops.call(
                     "gradient_sums", grads[0], *saved[:-1], *epilogue, needs[2:]
                 )
                 sums = _add(own, group) if needs[0] else None
             if needs[0] or needs[1]:
-                dx, dresidual = sync_ops.call(
+                dx, dresidual = ops.call(
                     *("apply_gradient_sums", grads[0], *saved[:-1]),
                     *(sums, merged[0], *epilogue, needs[:2]),
                 )
@@ -278,7 +278,7 @@ def _differentiable_backward(
     var = _Added.apply(centred, group) / count
     v = reference.pre_activation(x_, mean, var, w, b, z, eps)
     if mask is not None and found is not None:
-        from .ops import unpack_mask
+        from tritonnorm.ops import unpack_mask
 
         assert found.slopes is not None
         through, shut = found.slopes(*activation_args)

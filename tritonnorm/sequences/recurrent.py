@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .sequences import masked_batch_norm, valid_positions
+from .masked import masked_batch_norm, valid_positions
 
 State = tuple[Tensor, Tensor]
 

@@ -11,19 +11,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from . import norm_nn
-from .report import LEFT, Row
+from tritonnorm.report import LEFT, Row
+
+from . import nn as ours
 
 #: Names of norms that `replace` takes besides "batch" -> torch's class -> ours.
 SWAPS: dict[str, dict[type[nn.Module], type[nn.Module]]] = {
-    "group": {nn.GroupNorm: norm_nn.GroupNorm},
-    "layer": {nn.LayerNorm: norm_nn.LayerNorm},
+    "group": {nn.GroupNorm: ours.GroupNorm},
+    "layer": {nn.LayerNorm: ours.LayerNorm},
     "instance": {
-        nn.InstanceNorm1d: norm_nn.InstanceNorm1d,
-        nn.InstanceNorm2d: norm_nn.InstanceNorm2d,
-        nn.InstanceNorm3d: norm_nn.InstanceNorm3d,
+        nn.InstanceNorm1d: ours.InstanceNorm1d,
+        nn.InstanceNorm2d: ours.InstanceNorm2d,
+        nn.InstanceNorm3d: ours.InstanceNorm3d,
     },
-    "rms": {nn.RMSNorm: norm_nn.RMSNorm},
+    "rms": {nn.RMSNorm: ours.RMSNorm},
 }
 NORMS = ("batch", *SWAPS)
 _MARK = "_tritonnorm_swapped"  # on modules that were changed; `restore_norms` looks for it

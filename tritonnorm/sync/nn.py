@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import has_torch_function
 
-from . import nn as ours
-from .activation import resolve
-from .nn import _HAS_BIAS_ARGUMENT, _FusedBatchNorm
-from .sync import sync_batch_norm
+from tritonnorm import nn as ours
+from tritonnorm.activation import resolve
+from tritonnorm.nn import _HAS_BIAS_ARGUMENT, _FusedBatchNorm
+
+from .functional import sync_batch_norm
 
 torch.fx.wrap("sync_batch_norm")  # a traced model calls it as it is, with its collectives
 

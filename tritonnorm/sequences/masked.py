@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import conditions, functional, reference
-from .activation import Activation, apply, resolve
+from tritonnorm import conditions, functional, reference
+from tritonnorm.activation import Activation, apply, resolve
 
 Layout = Literal["NCL", "NLC"]
 
@@ -103,9 +103,9 @@ def masked_batch_norm(
     reason = conditions.overridden((*tensors, keep)) or conditions.surroundings(x)
     reason = reason or functional._unsupported(*tensors)
     if reason is None:
-        from . import masked_ops
+        from . import ops
 
-        y = masked_ops.masked_batch_norm(
+        y = ops.masked_batch_norm(
             x, keep.contiguous().view(torch.uint8), weight, bias, running_mean, running_var,
             counter, training, momentum, eps, act.name if act else "", act_args,
         )  # fmt: skip

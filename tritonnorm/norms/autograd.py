@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import group_ops, group_reference
-from .activation import ACTIVATIONS
+from tritonnorm.activation import ACTIVATIONS
+
+from . import ops, reference
 
 
 class GroupNormFunction(torch.autograd.Function):
@@ -31,7 +32,7 @@ class GroupNormFunction(torch.autograd.Function):
         activation: str,
         activation_args: tuple[float, ...],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        y, mean, rstd = group_ops.forward(
+        y, mean, rstd = ops.forward(
             x, residual, weight, bias, groups, centred, eps, activation, activation_args
         )
         ctx.save_for_backward(x, residual if activation else None, weight, bias, mean, rstd)
@@ -53,7 +54,7 @@ class GroupNormFunction(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             found = _differentiable_backward(ctx, grads[0], needs)
         else:
-            found = group_ops.backward(
+            found = ops.backward(
                 grads[0], x, residual, weight, bias, mean, rstd,
                 groups, centred, activation, activation_args, needs,
             )  # fmt: skip
@@ -74,7 +75,7 @@ def _differentiable_backward(
     groups, centred, eps, activation, activation_args = ctx.options
     wide = torch.promote_types(x.dtype, rstd.dtype)
     z, w, b = (None if t is None else t.to(wide) for t in (residual, weight, bias))
-    v = group_reference.pre_activation(x.to(wide), groups, w, b, z, eps, centred)
+    v = reference.pre_activation(x.to(wide), groups, w, b, z, eps, centred)
     g = dy.to(wide)
     if activation:
         y = ACTIVATIONS[activation].function(v, *activation_args)
@@ -105,8 +106,8 @@ def group_norm(
     if torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, residual, weight, bias)
     ):
-        # Without torch.func, which `norms` keeps away, the method in C is all of `apply`.
+        # Without torch.func, which `functional` keeps away, the method in C is all of `apply`.
         apply = GroupNormFunction.apply if torch.compiler.is_compiling() else _apply
         found: tuple[Tensor, Tensor, Tensor] = apply(*arguments)
         return found
-    return group_ops.forward(*arguments)
+    return ops.forward(*arguments)

@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 
-from .problem import Activity, View
+from tritonnorm.problem import Activity, View
 
 #: What shares a statistic within one sample: the channels of a position (layer norm), a group of
 #: channels over all positions, or one channel over all positions (instance norm).

@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .device import Device
-from .kernels import synced
-from .kernels.base import BackwardArguments, EpilogueArguments, ForwardArguments
-from .ops import dense_like, unwatched, vector_of
-from .plan import Forced, choose, forced
-from .problem import Problem
-from .recipe import activity, view_of
+from tritonnorm.device import Device
+from tritonnorm.kernels import synced
+from tritonnorm.kernels.base import BackwardArguments, EpilogueArguments, ForwardArguments
+from tritonnorm.ops import dense_like, unwatched, vector_of
+from tritonnorm.plan import Forced, choose, forced
+from tritonnorm.problem import Problem
+from tritonnorm.recipe import activity, view_of
 
 _library = torch.library.Library("tritonnorm", "FRAGMENT")
 _tags = (torch.Tag.pt2_compliant_tag,)

@@ -1,0 +1,1 @@
+"""Group, layer, instance and RMS norm."""

@@ -1,0 +1,1 @@
+"""Batch norm for padded sequences and recurrent networks."""
