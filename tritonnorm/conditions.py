@@ -88,7 +88,7 @@ def surroundings(input: Tensor) -> str | None:
     """A reason around the call, which may change from one to the next, or None."""
     if settings.disabled():
         return "TRITONNORM_DISABLE is set"
-    if not input.is_cuda and not settings.interpreting() and not is_simulated():
+    if not (input.is_cuda or is_simulated() or settings.interpreting()):
         return f"input is on {input.device.type}, and Triton's interpreter is off"
     if torch.compiler.is_exporting():
         return "the graph is being exported"

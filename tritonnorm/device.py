@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 
@@ -61,12 +60,12 @@ class Device:
     @classmethod
     def of(cls, device: torch.device) -> Device:
         """Describe a GPU; for the CPU the interpreter, or what is `simulated`."""
-        if device.type == "cpu":
-            return _cpu
-        index = device.index
-        if device.type == "cuda" and index is None:
-            index = torch.cuda.current_device()
-        return _probe(device.type, index)
+        found = _described.get(device)
+        if found is None:
+            if device == torch.device("cuda"):
+                return cls.of(torch.device("cuda", torch.cuda.current_device()))
+            found = _described[device] = _probe(device)
+        return found
 
 
 INTERPRETER = Device("Triton interpreter", "interpreter", sms=4, l2_bytes=1 << 20)
@@ -96,7 +95,8 @@ AMD: dict[str, tuple[float, int]] = {
     "RX 9070": (0.64e12, 64 << 20),
 }
 
-_cpu = INTERPRETER
+_CPU = torch.device("cpu")
+_described = {_CPU: INTERPRETER}  # by device, as every call asks
 
 
 @contextlib.contextmanager
@@ -106,24 +106,25 @@ def simulated(device: Device) -> Iterator[None]:
 
     For audits without a GPU, under a driver that records launches instead of running them.
     """
-    global _cpu
-    before, _cpu = _cpu, device
+    before = _described[_CPU]
+    _described[_CPU] = device
     try:
         yield
     finally:
-        _cpu = before
+        _described[_CPU] = before
 
 
 def is_simulated() -> bool:
     """Whether CPU tensors count as lying on a GPU at the moment."""
-    return _cpu is not INTERPRETER
+    return _described[_CPU] is not INTERPRETER
 
 
-@cache
-def _probe(kind: str, index: int | None) -> Device:
-    if kind != "cuda":
-        raise ValueError(f"device: expected a CUDA or ROCm device, got {kind!r}")
-    props = torch.cuda.get_device_properties(index)
+def _probe(device: torch.device) -> Device:
+    if device.type == "cpu":
+        return INTERPRETER
+    if device.type != "cuda":
+        raise ValueError(f"device: expected a CUDA or ROCm device, got {device.type!r}")
+    props = torch.cuda.get_device_properties(device)
     hip = torch.version.hip is not None
     arch = props.gcnArchName.split(":")[0] if hip else f"sm_{props.major}{props.minor}"
     l2_bytes = getattr(props, "L2_cache_size", 0) or 0

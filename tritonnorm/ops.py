@@ -86,7 +86,7 @@ def _forward(
         *("forward", x.shape, x.stride(), x.dtype, Device.of(x.device), forced()),
         *(batch_statistics, activation, tuple(activation_args), residual is not None, save_mask),
     )
-    mean, rstd, mask = _saved(x, found.problem, save_statistics)
+    mean, rstd, mask = _saved(x, running_mean, found.problem, save_statistics)
     found.run(
         ForwardArguments(
             x=torch.empty_like(x).copy_(x) if found.copies else x,
@@ -108,12 +108,16 @@ def _forward(
 
 
 def _saved(
-    x: Tensor, problem: Problem, statistics: bool
+    x: Tensor, running_mean: Tensor | None, problem: Problem, statistics: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Unwritten mean, rstd and mask; None where they are not asked for."""
     mean = rstd = mask = None
     if statistics:
-        mean = x.new_empty(problem.view.c, dtype=problem.accumulator)
+        # `empty_like` costs the host 2 microseconds less.
+        if running_mean is not None and running_mean.dtype == problem.accumulator:
+            mean = torch.empty_like(running_mean)
+        else:
+            mean = x.new_empty(problem.view.c, dtype=problem.accumulator)
         rstd = torch.empty_like(mean)
     if problem.mask:
         mask = x.new_empty(problem.view.mask_bytes, dtype=torch.uint8)
@@ -216,7 +220,7 @@ def _fake_forward(x: Tensor, statistics: bool, save_mask: bool) -> Outputs:
     y = torch.empty_like(x)
     view, _, _ = view_of(y.shape, y.stride())
     problem = Problem("forward", True, view, x.dtype, mask=save_mask)
-    return y, *_saved(x, problem, statistics)
+    return y, *_saved(x, None, problem, statistics)
 
 
 def _tensors(found: Outputs | Gradients, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -269,10 +273,10 @@ def unwatched(*tensors: Tensor | None) -> bool:
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._autograd._profiler_enabled():
         return False
-    return all(t is None or t.__class__ in _PLAIN for t in tensors)
+    return _PLAIN.issuperset([t.__class__ for t in tensors])
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
 
 def training(*args: Any) -> Outputs:

@@ -125,11 +125,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch, nvml: Nvml) -> Gpu:
         "max_memory_allocated": lambda device: held[1],
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    device._probe.cache_clear()
+    monkeypatch.setattr(device, "_described", {torch.device("cpu"): device.INTERPRETER})
     found = Gpu()
     found.held = held
     yield found
-    device._probe.cache_clear()
 
 
 def test_a_gpu(gpu: Gpu) -> None:
@@ -197,7 +196,7 @@ def test_amd_figures_come_from_data_sheets(monkeypatch, name, bandwidth, cache) 
     )
     monkeypatch.setattr(torch.version, "hip", "7.0")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: props)
-    found = device._probe.__wrapped__("cuda", 0)
+    found = device._probe(torch.device("cuda", 0))
     assert (found.bandwidth, found.l2_bytes, found.arch, found.warp) == (
         *(bandwidth, cache, "gfx942"),
         64,
