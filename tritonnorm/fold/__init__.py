@@ -12,13 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from tritonnorm.flow.inputs import calls_from
-from tritonnorm.fold import inspect
 from tritonnorm.fold.checkpoint import fold_state_dict
-from tritonnorm.fold.edit import apply
-from tritonnorm.fold.inspect import Names
-from tritonnorm.fold.job import Job
-from tritonnorm.fold.verify import search
 from tritonnorm.report import LEFT, Report, Row
 
 __all__ = ["fold", "fold_state_dict"]
@@ -67,6 +61,12 @@ def fold(
         ValueError: an argument is not as described, the model raised on the example inputs, the
             model cannot be copied (and `inplace` is False), or `strict` and a batch norm is left.
     """
+    from tritonnorm.flow.inputs import calls_from  # here: what follows takes 60 ms to import
+    from tritonnorm.fold import inspect
+    from tritonnorm.fold.edit import apply
+    from tritonnorm.fold.job import Job
+    from tritonnorm.fold.verify import search
+
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if rules not in ("exact", "all"):
@@ -90,7 +90,7 @@ def fold(
     _finish(report, strict)
     if dry_run:
         return model, report
-    applied = apply(work, job.outcome.sites, Names.of(work), job.tails)
+    applied = apply(work, job.outcome.sites, inspect.Names.of(work), job.tails)
     report.on_undo(applied.undo)
     return work, report
 
