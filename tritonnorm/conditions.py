@@ -149,6 +149,8 @@ def log_once(function: str, reason: str) -> None:
 
 def widened(name: str, *tensors: Any) -> tuple[Any, ...]:
     """The tensors in float32 where torch's autocast asks for that."""
+    if not (torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled()):
+        return tensors
     if overridden(tensors) is not None:
         return tensors
     device = tensors[0].device.type
