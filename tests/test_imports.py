@@ -34,6 +34,7 @@ class Room:
 # itself. A module without a row fails: give it a place in docs/architecture.md and a row here.
 KERNELS = ("kernels", "kernels.base")
 PURE_LEAVES = tuple(leaf for leaf in LEAVES if leaf not in ("report", "settings", "conditions"))
+FOR_TRIALS = ("kernels.folding", "kernels.group_base")
 LOOKUP = ("tune.key", "tune.revisions", "tune.agree", "tune.store", "tune.lookup")
 BELOW_OPS = (*LEAVES, *KERNELS, "plan", "recipe")
 BELOW_NN = (*BELOW_OPS, "ops", "autograd", "functional")
@@ -93,11 +94,14 @@ ROOMS = (
     Room("tune.machine_code", ours=(), theirs=("triton",)),
     Room(
         "tune.*",
-        ours=(*BELOW_OPS, "observe", "timing", "kernels.folding", "tune.*"),
+        ours=(*BELOW_OPS, "observe", "timing", *FOR_TRIALS, "tune.*"),
         theirs=("torch", "triton"),
     ),
     Room("plan", ours=(*LEAVES, *KERNELS, "tune.key", "tune.store", "tune.standing")),
-    Room("recipe", ours=(*LEAVES, *KERNELS, "plan", "tune.standing", "tune.online")),
+    Room(
+        "recipe",
+        ours=(*LEAVES, *KERNELS, "plan", "tune.key", "tune.standing", "tune.online"),
+    ),
     Room("observe", ours=(*LEAVES, "recipe")),
     Room("explanation", ours=(*LEAVES, *KERNELS, "observe", "plan")),
     Room(

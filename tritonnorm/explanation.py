@@ -124,8 +124,7 @@ def explain(what: Any, x: Any = None, forced_by: Forced | None = None) -> Any:
 def _explain(
     problem: Problem | GroupProblem, device: Device, forced_by: Forced | None
 ) -> Explanation:
-    tables = () if isinstance(problem, GroupProblem) else tuned(device)
-    chosen = choose(problem, device, tables, forced_by or forced())
+    chosen = choose(problem, device, tuned(device), forced_by or forced())
     rows = []
     for algorithm in algorithms_for(problem):
         reason = algorithm.supports(problem, device)

@@ -18,7 +18,8 @@ from .activation import ACTIVATIONS
 from .device import INTERPRETER, Device
 from .kernels.base import EpilogueArguments
 from .plan import Forced, Plan, on_change, plan
-from .problem import Activity, FoldProblem, Problem, View
+from .problem import Activity, Problem, View
+from .tune.key import Shape
 from .tune.standing import SEEN
 
 
@@ -83,7 +84,7 @@ def described(
     return problem, dense, copies
 
 
-def decided(problem: Problem | FoldProblem, device: Device, forced: Forced | None = None) -> Plan:
+def decided(problem: Shape, device: Device, forced: Forced | None = None) -> Plan:
     """The plan of a problem; where TRITONNORM_TUNE asks for it, the problem is tuned first."""
     chosen = plan(problem, device, forced)
     if forced is not None or device.arch == INTERPRETER.arch:
