@@ -16,7 +16,8 @@ import torch
 from . import settings
 from .activation import ACTIVATIONS
 from .device import INTERPRETER, Device
-from .kernels.base import EpilogueArguments
+from .kernels.base import EpilogueArguments, made_for
+from .norms.problem import GroupProblem
 from .plan import Forced, Plan, on_change, plan
 from .problem import Activity, Problem, View
 from .tune.key import Shape
@@ -97,6 +98,22 @@ def decided(problem: Shape, device: Device, forced: Forced | None = None) -> Pla
     return chosen
 
 
+def prepared(
+    problem: Problem | GroupProblem,
+    device: Device,
+    chosen: Plan,
+    activation: str,
+    activation_args: tuple[float, ...],
+) -> Callable[[Any], None]:
+    """What launches the kernels of a plan."""
+    algorithm: Any = chosen.runs
+    make = algorithm.forward if problem.direction == "forward" else algorithm.backward
+    epilogue = EpilogueArguments.named(activation, activation_args)
+    with made_for((problem, device)):
+        run: Callable[[Any], None] = make(problem, chosen.config, epilogue)
+    return run
+
+
 @lru_cache(maxsize=16384)
 def recipe(
     direction: Literal["forward", "backward"],
@@ -116,13 +133,8 @@ def recipe(
     problem, dense, copies = described(
         direction, sizes, strides, dtype, batch_statistics, activation, residual, mask, needs
     )
-    epilogue = EpilogueArguments.named(activation, activation_args)
     chosen = decided(problem, device, forced)
-    run: Callable[[Any], None]
-    if direction == "forward":
-        run = chosen.runs.forward(problem, chosen.config, epilogue)
-    else:
-        run = chosen.runs.backward(problem, chosen.config, epilogue)
+    run = prepared(problem, device, chosen, activation, activation_args)
     return Recipe(run, chosen, problem, dense, copies)
 
 

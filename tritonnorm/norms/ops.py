@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from tritonnorm.device import Device
-from tritonnorm.kernels.base import EpilogueArguments
 from tritonnorm.kernels.group_base import GroupBackward, GroupForward
+from tritonnorm.operators import implement
 from tritonnorm.ops import dense_like, unwatched, vector_of
 from tritonnorm.plan import Forced, Plan, forced, on_change
-from tritonnorm.recipe import activity, decided
+from tritonnorm.recipe import activity, decided, prepared
 
 from .problem import GroupProblem, described
 
@@ -85,9 +85,7 @@ def recipe(
         *(direction, sizes, strides, dtype, groups, centred, activity(activation), residual, needs)
     )
     chosen = decided(problem, device, overrule)
-    algorithm: Any = chosen.runs
-    make = algorithm.forward if direction == "forward" else algorithm.backward
-    run = make(problem, chosen.config, EpilogueArguments.named(activation, activation_args))
+    run = prepared(problem, device, chosen, activation, activation_args)
     return GroupRecipe(run, chosen, problem, dense, copies, reorders)
 
 
@@ -220,10 +218,9 @@ def _update(
     running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
 
 
-for _key in ("CUDA", "CPU"):
-    _library.impl("instance_norm_update", _update, _key)
-    _library.impl("group_norm", _forward, _key)
-    _library.impl("group_norm_backward", _backward, _key)
+implement(_library, "instance_norm_update", _update)
+implement(_library, "group_norm", _forward)
+implement(_library, "group_norm_backward", _backward)
 
 
 @torch.library.register_fake("tritonnorm::group_norm", lib=_library)

@@ -133,7 +133,7 @@ def from_model(
         for layout in layouts:
             with simulated(device), _autocast(DTYPES[dtype]):
                 for call in observe(_ordered(model, layout), *_ordered_inputs(inputs, layout)):
-                    yield call.problem
+                    yield from (problem for problem, _ in call.problems)
 
 
 def _autocast(dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:

@@ -17,10 +17,9 @@ from typing import Any
 import torch
 
 from tritonnorm.device import INTERPRETER, Device
-from tritonnorm.kernels.base import Config, Launch
+from tritonnorm.kernels.base import Config, Launch, launches_to
 from tritonnorm.kernels.folding import Batch
 from tritonnorm.problem import FoldProblem
-from tritonnorm.tune.dummies import launches_to
 from tritonnorm.tune.key import Shape
 from tritonnorm.tune.pool import KernelSpec, compile_each
 from tritonnorm.tune.search import Candidate
