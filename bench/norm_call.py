@@ -16,7 +16,7 @@ from torch import Tensor
 from bench.call import Direction
 from tritonnorm import functional
 from tritonnorm.activation import ACTIVATIONS
-from tritonnorm.norms.problem import GroupProblem, group_view
+from tritonnorm.norms.problem import GroupProblem, described
 from tritonnorm.problem import Activity
 
 Norm = Literal["group", "layer", "instance", "rms"]
@@ -95,25 +95,17 @@ class NormCall:
         shape = (math.prod(self.shape[:-1]), self.shape[-1]) if self.rows else self.shape
         x = torch.empty(shape, device="meta").contiguous(memory_format=self.memory_format)
         groups = {"group": self.groups, "instance": shape[1]}.get(self.norm, 1)
-        view = group_view(shape, x.stride(), x.stride(), groups)
-        assert view is not None  # dense
         activity: Activity = "none"
         if self.activation is not None:
             activity = "two_valued" if ACTIVATIONS[self.activation].two_valued else "smooth"
-        backward = direction == "backward"
-        return GroupProblem(
-            *(direction, view, groups),
-            rows=groups == 1 and math.prod(shape[2:]) == 1,
-            centred=self.norm != "rms",
-            dtype=self.dtype,
-            activity=activity,
-            residual=self.residual and not (backward and activity == "none"),
-            needs_dx=not backward or "x" in self.needs,
-            needs_dresidual=backward and self.residual and activity != "none" and "r" in self.needs,
-            needs_dparams=not backward
-            or "w" in self.needs
-            or ("b" in self.needs and self.norm != "rms"),
-        )
+        active, needs = activity != "none", (True, False, True, True)
+        if direction == "backward":
+            dx, dresidual, dweight, dbias = (name in self.needs for name in "xrwb")
+            needs = (dx, dresidual and self.residual and active, dweight, dbias)
+            needs = (*needs[:3], dbias and self.norm != "rms")
+        residual = self.residual and (active or direction == "forward")
+        described_as = (direction, shape, x.stride(), self.dtype, groups, self.norm != "rms")
+        return described(*described_as, activity, residual, needs)[0]
 
     def tensors(
         self, device: str | torch.device = "cpu", generator: torch.Generator | None = None

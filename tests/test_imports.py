@@ -34,8 +34,9 @@ class Room:
 # itself. A module without a row fails: give it a place in docs/architecture.md and a row here.
 KERNELS = ("kernels", "kernels.base")
 PURE_LEAVES = tuple(leaf for leaf in LEAVES if leaf not in ("report", "settings", "conditions"))
+FOR_TRIALS = ("kernels.folding", "kernels.group_base")
 LOOKUP = ("tune.key", "tune.revisions", "tune.agree", "tune.store", "tune.lookup")
-BELOW_OPS = (*LEAVES, *KERNELS, "plan", "recipe")
+BELOW_OPS = (*LEAVES, *KERNELS, "plan", "recipe", "operators")
 BELOW_NN = (*BELOW_OPS, "ops", "autograd", "functional")
 SYNC = ("sync.functional", "sync.nn")
 ABOVE = (*BELOW_NN, "nn", "joined", "conv_nn", *SYNC)
@@ -93,16 +94,20 @@ ROOMS = (
     Room("tune.machine_code", ours=(), theirs=("triton",)),
     Room(
         "tune.*",
-        ours=(*BELOW_OPS, "observe", "timing", "kernels.folding", "tune.*"),
+        ours=(*BELOW_OPS, "observe", "timing", *FOR_TRIALS, "tune.*"),
         theirs=("torch", "triton"),
     ),
     Room("plan", ours=(*LEAVES, *KERNELS, "tune.key", "tune.store", "tune.standing")),
-    Room("recipe", ours=(*LEAVES, *KERNELS, "plan", "tune.standing", "tune.online")),
-    Room("observe", ours=(*LEAVES, "recipe")),
+    Room(
+        "recipe",
+        ours=(*LEAVES, *KERNELS, "plan", "tune.key", "tune.standing", "tune.online"),
+    ),
+    Room("operators", ours=()),
+    Room("observe", ours=(*LEAVES, *KERNELS, "operators", "plan", "tune.key")),
     Room("explanation", ours=(*LEAVES, *KERNELS, "observe", "plan")),
     Room(
         "warming",
-        ours=(*BELOW_OPS, "observe", "frozen", "fold_ops", "tune.dummies"),
+        ours=(*LEAVES, *KERNELS, "observe", "frozen", "fold_ops"),
         theirs=("torch", "triton"),
     ),
     Room("ops", ours=BELOW_OPS),
@@ -116,7 +121,7 @@ ROOMS = (
     Room("sync.ops", ours=(*BELOW_OPS, "ops", "kernels.synced")),
     Room("sync.functional", ours=(*LEAVES, "ops", "functional", "sync.ops")),
     Room("sync.nn", ours=(*LEAVES, "nn", "sync.functional")),
-    Room("sequences.ops", ours=(*LEAVES, "ops", "kernels.masked_launches")),
+    Room("sequences.ops", ours=(*LEAVES, "operators", "ops", "kernels.masked_launches")),
     Room("sequences.masked", ours=(*LEAVES, "functional", "sequences.ops")),
     Room("sequences.recurrent", ours=("sequences.masked",)),
     Room("norms.nn", ours=(*LEAVES, "functional")),

@@ -196,16 +196,65 @@ def test_the_fold_follows_the_same_look_up(cache: UserCache) -> None:
         assert plan(tuned.problem(), H200).source == "formula"
 
 
+def test_the_other_norms_follow_the_same_look_up(cache: UserCache, tmp_path: Path) -> None:
+    """Forced, cache, table, nearest, formula: of group norms and of rows."""
+    p, rows = tuned.group(8, 320, 64, 64), tuned.group(4096, 768)
+    ship(
+        tmp_path,
+        H200,
+        tuned.entry(rows, "group_resident"),
+        tuned.entry(tuned.group(16, 320, 64, 64), "group_split"),
+    )
+    assert (plan(rows, H200).source, plan(p, H200).source) == ("shipped table", "nearest entry")
+    assert plan(p, H200).algorithm == "group_split" != plan(p, A100).algorithm
+    wider, narrower = tuned.group(8192, 1536), tuned.group(4096, 256)
+    assert [plan(each, H200).source for each in (wider, narrower)] == ["formula", "formula"]
+    cache.put(tuned.entry(p, "group_split", candidate(p, 1, algorithm="group_split")))
+    standing.reload()
+    found = plan(p, H200)
+    assert found.source == "user cache" and found.config == candidate(p, 1, H200, "group_split")
+    with force_plan("group_resident"):
+        assert plan(p, H200).source == "forced"
+    with force_plan("formula"):
+        assert plan(p, H200).source == "formula"
+    slice_of = transfer(tuned.entry(p, "group_split"), tuned.group(4, 320, 64, 64), SLICE)
+    assert slice_of is not None and slice_of[0] == "group_split"
+    assert slice_of[1] in BY_NAME["group_split"].configs(tuned.group(4, 320, 64, 64), SLICE)
+
+
+def test_a_group_norm_takes_what_was_tuned(cache: UserCache) -> None:
+    from tritonnorm.norms import ops
+
+    norm, x = tritonnorm.GroupNorm(2, 8), torch.randn(4, 8, 7, 7)
+    p = tuned.group(4, 8, 7, 7, groups=2, dtype=torch.float32)
+    call = ("forward", x.shape, x.stride(), x.dtype, H200, None, 2, True, "", (), False)
+    with simulated(H200):
+        expected = norm(x)
+        assert ops.recipe(*call).problem == p
+        assert ops.recipe(*call).plan.algorithm == "group_resident"
+        standing.put(tuned.entry(p, "group_split"))
+        found = ops.recipe(*call).plan
+        assert (found.algorithm, found.source) == ("group_split", "user cache")
+        torch.testing.assert_close(norm(x), expected)
+
+
 def test_a_warm_look_up_costs_less_than_a_microsecond(cache: UserCache) -> None:
+    from tritonnorm.norms import ops
+
     for n in range(1, 200):
         cache.put(tuned.entry(tuned.problem(n=n)))
+        cache.put(tuned.entry(tuned.group(n, 256, 14, 14), "group_split"))
     standing.reload()
     sizes, strides = (32, 256, 14, 14), (50176, 196, 14, 1)
-    call = (*("forward", sizes, strides, torch.bfloat16, H200, None), True, "", (), False, False)
-    assert recipe(*call).plan.source == "user cache"
-    calls = 20_000
-    seconds = min(timeit.repeat(lambda: recipe(*call), number=calls, repeat=15)) / calls
-    assert seconds < 1e-6, f"{seconds * 1e9:.0f} ns"
+    kind = ("forward", sizes, strides, torch.bfloat16, H200, None)
+    for look_up, call in (
+        (recipe, (*kind, True, "", (), False, False)),
+        (ops.recipe, (*kind, 32, True, "", (), False)),
+    ):
+        assert look_up(*call).plan.source == "user cache"
+        calls = 20_000
+        times = timeit.repeat(lambda f=look_up, a=call: f(*a), number=calls, repeat=15)
+        assert min(times) / calls < 1e-6, f"{min(times) / calls * 1e9:.0f} ns"
 
 
 def test_tables_are_read_once(cache: UserCache, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tritonnorm.kernels import ALGORITHMS, FOLDS
+from tritonnorm.kernels import ALGORITHMS, FOLDS, GROUP_ALGORITHMS
 from tritonnorm.tune.revisions import REVISIONS
 
 KERNELS = Path(__file__).resolve().parent.parent / "tritonnorm" / "kernels"
@@ -23,6 +23,8 @@ DECIDED: dict[str, tuple[int, str]] = {
     "persistent": (1, "7d3323176987e867"),
     "split": (1, "007dc73a1aa2993a"),
     "affine": (1, "f5a25837e5a9b4cf"),
+    "group_resident": (1, "c40019f728397ec3"),
+    "group_split": (1, "71fa8680461d7a4c"),
     "fold": (1, "fcacc54be6b56ed7"),
 }
 
@@ -74,7 +76,10 @@ def fingerprint(name: str) -> str:
     return hashlib.sha256("\0".join(words).encode()).hexdigest()[:16]
 
 
-@pytest.mark.parametrize("name", [a.name for a in (*ALGORITHMS, *FOLDS)])
+ALL = [a.name for a in (*ALGORITHMS, *GROUP_ALGORITHMS, *FOLDS)]
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_somebody_has_decided(name: str) -> None:
     now = (REVISIONS.get(name, 0), fingerprint(name))
     assert DECIDED.get(name) == now, (
@@ -85,7 +90,7 @@ def test_somebody_has_decided(name: str) -> None:
 
 
 def test_every_algorithm_has_a_revision() -> None:
-    assert set(REVISIONS) == {a.name for a in (*ALGORITHMS, *FOLDS)}
+    assert set(REVISIONS) == set(ALL)
     assert min(REVISIONS.values()) >= 1
 
 

@@ -11,11 +11,14 @@ import torch
 
 from tests import tuned
 from tritonnorm.device import INTERPRETER, KNOWN
-from tritonnorm.kernels import ALGORITHMS, FOLDS
+from tritonnorm.kernels import ALGORITHMS, FOLDS, GROUP_ALGORITHMS
+from tritonnorm.kernels.group_split import GroupSplit
 from tritonnorm.kernels.split import Split
 from tritonnorm.problem import FoldProblem, Problem
+from tritonnorm.tune import scratch
 from tritonnorm.tune.scratch import NormTrial, sets_for
 from tritonnorm.tune.scratch_fold import FoldTrial
+from tritonnorm.tune.scratch_group import GroupTrial
 from tritonnorm.tune.search import Wrong
 
 CPU, H200 = torch.device("cpu"), KNOWN["h200"]
@@ -65,10 +68,12 @@ def test_strided_input() -> None:
     trial.check(candidates(p)[0])
 
 
-def breaks(monkeypatch: pytest.MonkeyPatch, harm: Callable[[Any], object]) -> None:
+def breaks(
+    monkeypatch: pytest.MonkeyPatch, harm: Callable[[Any], object], kind: Any = Split
+) -> None:
     """Split, but something happens to its results."""
     for direction in ("forward", "backward"):
-        make = getattr(Split, direction)
+        make = getattr(kind, direction)
 
         def broken(self: Any, *args: Any, make: Any = make) -> Callable[[Any], None]:
             run = make(self, *args)
@@ -79,7 +84,7 @@ def breaks(monkeypatch: pytest.MonkeyPatch, harm: Callable[[Any], object]) -> No
 
             return both
 
-        monkeypatch.setattr(Split, direction, broken)
+        monkeypatch.setattr(kind, direction, broken)
 
 
 @pytest.mark.parametrize(
@@ -122,6 +127,63 @@ def test_the_sets_exceed_the_cache_and_fit_the_memory() -> None:
     assert sets_for(1 << 10, H200) == 64
     a, b = (NormTrial(PROBLEMS[0], CPU, SMALL).sets[0].x for _ in range(2))
     assert torch.equal(a, b) and float(a.std()) > 0.5  # the same random values each time
+
+
+KINDS = {"dtype": torch.float32}
+GROUPS = [
+    tuned.group(3, 12, 5, 7, groups=4, **KINDS, activity="smooth", residual=True),
+    tuned.group(3, 12, 4, 4, groups=2, channels_last=True, **KINDS, activity="two_valued"),
+    tuned.group(3, 12, 5, 7, groups=12, centred=False, dtype=torch.bfloat16),
+    tuned.group(17, 40, **KINDS, centred=False),
+    tuned.group(17, 40, **KINDS, residual=True),
+]
+SIDES = [
+    *GROUPS,
+    *(
+        replace(p, direction="backward", needs_dresidual=p.residual and p.activity != "none")
+        for p in GROUPS
+    ),
+    replace(GROUPS[1], direction="backward", needs_dx=False),
+    replace(GROUPS[3], direction="backward", needs_dparams=False),
+]
+
+
+@pytest.mark.parametrize("p", SIDES, ids=lambda p: f"{p.direction} {p.per} {p.activity}")
+def test_the_other_norms(p: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one portion and in many: what is right passes."""
+    for chunk in (scratch.CHUNK, 100):
+        monkeypatch.setattr(scratch, "CHUNK", chunk)
+        trial = GroupTrial(p, CPU, SMALL)
+        assert len(trial.sets) >= 2
+        for algorithm in GROUP_ALGORITHMS:
+            for config in algorithm.configs(p, H200)[:: 1 if chunk > 100 else 9]:
+                trial.check((algorithm.name, config))
+
+
+@pytest.mark.parametrize(
+    ("harm", "p", "message"),
+    [
+        (lambda a: a.y[2, 3, 30:].fill_(float("nan")), SIDES[0], "y is not written everywhere"),
+        (lambda a: a.y[1].mul_(2), SIDES[1], "y is wrong"),
+        (lambda a: a.y[0, :, 9].mul_(2), SIDES[4], "y is wrong"),
+        (lambda a: a.rstd[3:].mul_(2), SIDES[3], "rstd is wrong"),
+        (lambda a: a.mean[7].add_(2), SIDES[0], "mean is wrong"),
+        (lambda a: a.dx[0].zero_(), SIDES[6], "dx is wrong"),
+        (lambda a: a.dresidual[2].zero_(), SIDES[5], "dresidual is wrong"),
+        (lambda a: a.dweight.add_(100), SIDES[8], "dweight is wrong"),
+        (lambda a: a.dbias.fill_(float("nan")), SIDES[10], "dbias is not written everywhere"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_wrong_of_the_other_norms(
+    harm: Any, p: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial = GroupTrial(p, CPU, SMALL)
+    split = ("group_split", GroupSplit().heuristic(p, H200))
+    trial.check(split)
+    breaks(monkeypatch, harm, GroupSplit)
+    with pytest.raises(Wrong, match=message):
+        trial.check(split)
 
 
 @pytest.mark.parametrize("rows", [True, False])

@@ -17,6 +17,7 @@ import torch
 from tests import tuned
 from tests.test_plan import PROBLEMS
 from tritonnorm.device import KNOWN, Device
+from tritonnorm.norms.problem import GroupProblem
 from tritonnorm.problem import FoldProblem, Problem, View
 from tritonnorm.tune import store
 from tritonnorm.tune.key import Key
@@ -34,12 +35,23 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
 
 
-@pytest.mark.parametrize("p", [*PROBLEMS[::7], tuned.FOLD], ids=str)
+BACKWARD = {"direction": "backward", "needs_dparams": False}
+GROUPS = [
+    tuned.group(8, 320, 64, 64),
+    tuned.group(8, 320, 64, 64, channels_last=True, activity="smooth", residual=True),
+    tuned.group(8, 320, 64, 64, groups=320, **BACKWARD),
+    tuned.group(4096, 768, centred=False),
+    tuned.group(4096, 768, **BACKWARD, needs_dresidual=True, activity="two_valued"),
+    replace(tuned.group(8, 64, 4, 4), view=View(8, 64, 16, False, (2048, 16, 1))),
+]
+
+
+@pytest.mark.parametrize("p", [*PROBLEMS[::7], *GROUPS, tuned.FOLD], ids=str)
 def test_a_key_is_the_problem(p: Problem) -> None:
     key = Key.of(p)
     again = Key.from_json(json.loads(json.dumps(key.to_json())))
     assert again == key and Key.of(again.problem()) == key
-    if isinstance(p, Problem) and p.direction == "forward":
+    if not isinstance(p, FoldProblem) and p.direction == "forward":
         p = replace(p, needs_dresidual=False)  # a forward has no gradients
     assert again.problem() == p
 
@@ -48,6 +60,10 @@ def test_a_key_knows_all_that_a_problem_has() -> None:
     """A new field of a problem belongs into the key, or two problems share their tuned results."""
     assert {f.name for f in fields(Problem)} == {
         *("direction", "batch_statistics", "view", "dtype", "activity", "residual", "mask"),
+        *("needs_dx", "needs_dresidual", "needs_dparams"),
+    }
+    assert {f.name for f in fields(GroupProblem)} == {
+        *("direction", "view", "groups", "rows", "centred", "dtype", "activity", "residual"),
         *("needs_dx", "needs_dresidual", "needs_dparams"),
     }
     assert {f.name for f in fields(View)} == {"n", "c", "p", "channels_last", "strides"}
@@ -76,6 +92,44 @@ def test_keys_tell_apart_what_runs_other_code() -> None:
     far = replace(p, view=replace(p.view, n=64))
     assert Key.of(far).distance(Key.of(p)) == 1.0
     assert Key.of(replace(p, view=replace(p.view, c=512))).distance(Key.of(p)) == 2.0
+
+
+def test_keys_of_group_norms() -> None:
+    p = tuned.group(8, 320, 64, 64)
+    others = [
+        replace(p, direction="backward"),
+        replace(p, centred=False),
+        replace(p, groups=320),
+        replace(p, view=replace(p.view, channels_last=True)),
+        replace(p, view=replace(p.view, channels_last=True), groups=64),  # 5 channels in a row
+        tuned.group(4096, 320),
+        tuned.problem(8, 320, 4096),
+    ]
+    keys = [Key.of(each) for each in (p, *others)]
+    assert len({key.group for key in keys}) == len(keys)
+    twice, wider = tuned.group(16, 320, 64, 64), tuned.group(8, 640, 64, 64)
+    assert [Key.of(each).distance(keys[0]) for each in (twice, wider)] == [1.0, 2.0]
+    rows, longer = tuned.group(4096, 768), tuned.group(4096, 1536)
+    assert Key.of(rows).distance(Key.of(longer)) == 2.0
+    assert (Key.of(rows).log2_m, Key.of(p).log2_m) == (12, 8)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"op": "group sideways"},
+        {"shape": [8, 320, 4096]},
+        {"shape": [8, 320, 4096, 0]},
+        {"shape": [8, 320, 4096, 7]},
+        {"shape": [8, 320, 4096, 32, 1]},
+        {"layout": "rows"},
+        {"flags": "channel+centred"},
+    ],
+    ids=str,
+)
+def test_no_key_of_a_group_norm(change: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        Key.from_json({**Key.of(tuned.group(8, 320, 64, 64)).to_json(), **change})
 
 
 def test_a_gpu_is_what_its_silicon_is() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from tritonnorm.device import KNOWN
 from tritonnorm.tune import problems, session, standing
 from tritonnorm.tune.jobs import Job, Result
 from tritonnorm.tune.key import Key
-from tritonnorm.tune.networks import NETWORKS
+from tritonnorm.tune.networks import NETWORKS, NORM_NETWORKS, diffusion_unet
 from tritonnorm.tune.store import UserCache, append_line, read_table, write_table
 
 H200 = KNOWN["h200"]
@@ -68,7 +69,32 @@ def tune(*arguments: object) -> int:
     return main(["tune", *map(str, arguments)])
 
 
-@pytest.mark.parametrize("name", tuning.PRESETS)
+@pytest.mark.parametrize("name", NORM_NETWORKS)
+def test_presets_of_the_other_norms(name: str) -> None:
+    """All layers, forward and backward; rows have one layout."""
+    layers = NORM_NETWORKS[name]
+    for layouts in (["NCHW"], ["NHWC"], ["NHWC", "NCHW"]):
+        found = list(problems.preset(name, ["bf16", "fp32"], layouts))
+        times = len(layouts) if layers[0].groups else 1
+        assert len({Key.of(p) for p in found}) == len(found) == 4 * times * len(layers)
+    layer, p = layers[0], found[0]
+    assert p.view.numel == math.prod(layer.shape(problems.PRESETS[name]))
+    assert (p.groups, p.rows) == (layer.groups or 1, not layer.groups)
+    assert p.view.channels_last and p.activity == ("smooth" if layer.activation else "none")
+
+
+def test_the_layers_of_the_diffusion_unet() -> None:
+    """22 residual blocks, 16 attention blocks, and the output (Stable Diffusion 1)."""
+    layers = list(diffusion_unet())
+    assert len(layers) == 22 * 2 + 16 + 1
+    assert [layer.activation for layer in layers].count(None) == 16
+    joined = [(2560, 8)] * 3 + [(2560, 16)] * 2 + [(1920, 16), (1920, 32), (1280, 32), (960, 32)]
+    joined += [(960, 64), (640, 64), (640, 64)]
+    up = [layer for layer in layers[-(12 * 2 + 9 + 1) : -1] if layer.activation]
+    assert [(layer.channels, layer.plane[0]) for layer in up[::2]] == joined
+
+
+@pytest.mark.parametrize("name", [n for n in tuning.PRESETS if n not in NORM_NETWORKS])
 def test_presets(name: str) -> None:
     """All layers of the network: training forward and backward, and inference."""
     found = list(problems.preset(name, ["bf16"], ["NHWC"]))
@@ -108,7 +134,7 @@ def test_a_layer_is_the_problem_that_the_operators_have() -> None:
             with simulated(H200):
                 calls = observe(Layer(activation, residual), torch.randn(2, 8, 6, 6))
             expected = problems.of_layer((2, 8, 6, 6), torch.float32, False, activation, residual)
-            found = {Key.of(c.problem) for c in calls}
+            found = {Key.of(p) for c in calls for p, _ in c.problems}
             assert {Key.of(p) for p in expected} == found, (activation, residual)
 
 

@@ -117,7 +117,10 @@ class Once:
         return lambda: 1e-3
 
 
-@pytest.mark.parametrize("p", [P, FoldProblem(*(torch.float32,) * 3, 2, 24, 24 * 32, True)])
+GROUP = tuned.group(4, 16, 7, 7, groups=4, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("p", [P, GROUP, FoldProblem(*(torch.float32,) * 3, 2, 24, 24 * 32, True)])
 def test_the_work_of_a_child(p: Any) -> None:
     """All of it, on the CPU: kernels interpreted, checked, timed."""
     said: list[dict[str, Any]] = []
@@ -149,6 +152,19 @@ def session(do: Any = None, **options: Any) -> Session:
 
 
 PROBLEMS = [tuned.problem(n) for n in (4, 8, 16)]
+
+
+def test_a_group_norm_is_tuned_like_a_batch_norm(cache: UserCache) -> None:
+    """Tuned, kept, used, left out where it is to be resumed, and checked."""
+    wanted = [tuned.group(8, 320, 64, 64), tuned.group(4096, 768, direction="backward")]
+    assert {name for name, _ in candidates_for(wanted[1], H200)} == {
+        "group_resident",
+        "group_split",
+    }
+    assert len(session().tune(wanted).done) == len(cache.entries()) == 2
+    assert [plan(p, H200).source for p in wanted] == ["user cache"] * 2
+    assert session(resume=True).tune(wanted).skipped == 2
+    assert not any(t.lost for t in session(lambda j: Result(j.incumbent, 8.0, 10.0)).check([]).done)
 
 
 def test_results_are_kept_as_they_come(cache: UserCache) -> None:

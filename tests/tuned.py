@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,8 +10,10 @@ import torch
 from tritonnorm.device import KNOWN, Device
 from tritonnorm.kernels import algorithms_for
 from tritonnorm.kernels.base import Config
+from tritonnorm.norms.problem import GroupProblem
+from tritonnorm.norms.problem import described as group_described
 from tritonnorm.problem import FoldProblem, Problem, View
-from tritonnorm.tune.key import Key
+from tritonnorm.tune.key import Key, Shape
 from tritonnorm.tune.revisions import REVISIONS
 from tritonnorm.tune.store import Entry
 
@@ -24,8 +27,20 @@ def problem(n: int = 32, c: int = 256, p: int = 196, **options: Any) -> Problem:
     return Problem(view=view, **{**settings, **options})
 
 
+def group(*sizes: int, groups: int = 32, channels_last: bool = False, **options: Any) -> Any:
+    """The problem of a group norm of ``[N, C, ...]``, or of rows ``[rows, C]`` of a layer norm."""
+    x = torch.empty(sizes, device="meta")
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    found: GroupProblem = group_described(
+        *("forward", sizes, x.stride(), torch.bfloat16, groups if len(sizes) > 2 else 1),
+        *(True, "none", False),
+    )[0]
+    return replace(found, **options)
+
+
 def entry(
-    of: Problem | FoldProblem | None = None,
+    of: Shape | None = None,
     algorithm: str = "split",
     config: Config | None = None,
     device: Device = H200,

@@ -1,4 +1,4 @@
-"""`explain`: which algorithm computes a batch norm, who decided, and what the others would cost."""
+"""`explain`: which algorithm computes a norm, who decided, and what the others would cost."""
 
 from __future__ import annotations
 
@@ -82,19 +82,19 @@ class Explanation:
 
 
 class Explanations(tuple[Explanation, ...]):
-    """Those of all batch norms of a model; ``str()`` of it is one table after the other."""
+    """Those of all norms of a model; ``str()`` of it is one table after the other."""
 
     def __str__(self) -> str:
         return "\n\n".join(map(str, self))
 
 
 def explain(what: Any, x: Any = None, forced_by: Forced | None = None) -> Any:
-    """Say which algorithm computes a batch norm, who decided, and what the others would cost.
+    """Say which algorithm computes a norm, who decided, and what the others would cost.
 
     Nothing is computed: a module is run with tensors that have shapes and no values.
 
     Args:
-        what: a `Problem` or `GroupProblem`, or a module with batch norms of this library.
+        what: a `Problem` or `GroupProblem`, or a module with norms of this library.
         x: for a problem, the device that it is for (a `Device` or `torch.device`; the current GPU
             if None). For a module, its input, or a tuple of them.
         forced_by: a decision to explain in place of what `force_plan` forces at the moment.
@@ -111,9 +111,9 @@ def explain(what: Any, x: Any = None, forced_by: Forced | None = None) -> Any:
         inputs = tuple(x) if isinstance(x, Sequence) else (x,)
         calls = observe(what, *inputs, modes=("present",))
         if not calls:
-            raise ValueError("what: expected a module whose batch norms run as kernels, got none")
-        problems = ((c.problem, c.device) for c in calls if isinstance(c.problem, Problem))
-        return Explanations(_explain(*each, forced_by) for each in dict.fromkeys(problems))
+            raise ValueError("what: expected a module whose norms run as kernels, got none")
+        problems = dict.fromkeys(each for call in calls for each in call.problems)
+        return Explanations(_explain(*each, forced_by) for each in problems)
     if not isinstance(what, Problem | GroupProblem):
         raise TypeError(f"what: expected a Problem or a module, got {type(what).__name__}")
     if x is None:
@@ -124,8 +124,7 @@ def explain(what: Any, x: Any = None, forced_by: Forced | None = None) -> Any:
 def _explain(
     problem: Problem | GroupProblem, device: Device, forced_by: Forced | None
 ) -> Explanation:
-    tables = () if isinstance(problem, GroupProblem) else tuned(device)
-    chosen = choose(problem, device, tables, forced_by or forced())
+    chosen = choose(problem, device, tuned(device), forced_by or forced())
     rows = []
     for algorithm in algorithms_for(problem):
         reason = algorithm.supports(problem, device)

@@ -7,7 +7,7 @@ strides, dtype and device and nothing else. No memory is needed, and no state of
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,55 +18,55 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .device import Device
-from .problem import FoldProblem, Problem
-from .recipe import described
+from .kernels.base import Launch, launches_to
+from .operators import IMPLEMENTATIONS
+from .plan import force_plan
+from .tune.key import Shape
 
-__all__ = ["Mode", "OperatorCall", "observe"]
+__all__ = ["Mode", "OperatorCall", "Rehearsed", "observe"]
 
 Mode = Literal["present", "train", "eval"]
-_OPERATORS = ("batch_norm_training", "batch_norm_inference", "batch_norm_backward")
+#: A launch, and of its tensors the dtypes; None for what is no tensor.
+Rehearsed = tuple[Launch, tuple["torch.dtype | None", ...]]
 
 
 @dataclass(frozen=True)
 class OperatorCall:
-    """One kind of call of an operator: what its compiled kernels depend on.
+    """One kind of call of an operator.
 
     Attributes:
-        direction: "forward" or "backward".
-        sizes, strides, dtype: of the input.
-        where: the device of the input.
-        device: what a plan knows of it.
-        batch_statistics, activation, activation_args, residual, mask, needs: as for `recipe`.
-        keeps_residual: backward: whether the residual itself was saved.
-        saves: forward: whether the statistics are saved for a backward.
-        cumulative: forward: whether the running statistics are plain averages (momentum None).
-        vectors: dtypes, or None, of weight, bias, running mean, running variance and counter.
+        name: of the operator.
+        where: the device of its tensors.
+        problems: what the planner is asked, and for which device.
+        run: the operator's implementation.
+        args: its arguments; the tensors are fake.
+        fake: their mode.
     """
 
-    direction: Literal["forward", "backward"]
-    sizes: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: torch.dtype
+    name: str
     where: torch.device
-    device: Device
-    batch_statistics: bool
-    activation: str
-    activation_args: tuple[float, ...]
-    residual: bool
-    mask: bool
-    needs: tuple[bool, ...] = ()
-    keeps_residual: bool = False
-    saves: bool = True
-    cumulative: bool = False
-    vectors: tuple[torch.dtype | None, ...] = (None,) * 5
+    problems: tuple[tuple[Shape, Device], ...]
+    run: Callable[..., Any]
+    args: tuple[Any, ...]
+    fake: FakeTensorMode
 
-    @property
-    def problem(self) -> Problem | FoldProblem:
-        """What the planner is asked."""
-        return described(
-            *(self.direction, self.sizes, self.strides, self.dtype, self.batch_statistics),
-            *(self.activation, self.residual, self.mask, self.needs),
-        )[0]
+    def rehearse(self) -> list[Rehearsed]:
+        """The launches of such a call, by the plans as they are now. None of them is made."""
+        return _rehearsed(self.run, self.args, self.fake)
+
+
+def _rehearsed(
+    run: Callable[..., Any], args: Sequence[Any], fake: FakeTensorMode
+) -> list[Rehearsed]:
+    found: list[Rehearsed] = []
+
+    def sink(launch: Launch, tensors: tuple[Any, ...]) -> None:
+        kinds = (t.dtype if isinstance(t, Tensor) else None for t in tensors)
+        found.append((launch, tuple(kinds)))
+
+    with fake, torch.no_grad(), launches_to(sink):
+        run(*args)
+    return found
 
 
 def observe(
@@ -75,7 +75,7 @@ def observe(
     """The distinct calls that a model makes, forward and backward, in the order of appearance.
 
     Args:
-        model: with batch norms of this library; it is not changed.
+        model: with norms of this library; it is not changed.
         inputs: its arguments; tensors count by shape, strides, dtype and device only.
         modes: "present" for the modules' own modes; "train" and "eval" for all of them. A backward
             follows where a gradient can be asked for; there is none in "eval".
@@ -85,7 +85,7 @@ def observe(
     """
     watch = _Watch()
     for mode in modes:
-        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        fake = watch.fake = FakeTensorMode(allow_non_fake_inputs=True)
         twin = _without_values(model, fake)
         given = pytree.tree_map_only(Tensor, fake.from_tensor, inputs)
         if mode != "present":
@@ -99,7 +99,7 @@ def observe(
                 "model: expected one that runs on tensors without values, got "
                 f"{type(error).__name__}: {error}"
             ) from error
-    return list(watch.calls)
+    return list(watch.calls.values())
 
 
 def _run(model: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -126,65 +126,40 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
 
 
 class _Watch(TorchDispatchMode):
-    """Takes down the calls of this library's operators."""
+    """Rehearses the calls of this library's operators that pass by, each kind once."""
+
+    fake: FakeTensorMode
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: dict[OperatorCall, None] = {}
+        self.calls: dict[tuple[Rehearsed, ...], OperatorCall] = {}
+        self._seen: set[Any] = set()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         if func.namespace == "tritonnorm":
             name = func._schema.name.partition("::")[2]
-            if name in _OPERATORS:
-                self.calls[_call(name, args)] = None
+            kind = (name, _described(args))
+            if name in IMPLEMENTATIONS and kind not in self._seen:
+                self._seen.add(kind)
+                self._note(name, args)
         return func(*args, **(kwargs or {}))
 
-
-def _call(name: str, args: Sequence[Any]) -> OperatorCall:
-    """A call from the operator's arguments; `ops` has the schemas."""
-    if name == "batch_norm_backward":
-        _, x, residual, mask, weight, bias, mean, _, batch, activation, parameters, needs = args
-        return OperatorCall(
-            direction="backward",
-            **_of(x, residual is not None or mask is not None, activation, parameters),
-            batch_statistics=batch,
-            mask=mask is not None,
-            needs=tuple(needs),
-            keeps_residual=residual is not None,
-            vectors=_dtypes(weight, bias, mean, mean, None),
-        )
-    x, residual, weight, bias, mean, var = args[:6]
-    counter = momentum = None
-    training = name == "batch_norm_training"
-    if training:
-        counter, momentum, _, activation, parameters, save_mask = args[6:]
-    else:
-        _, activation, parameters, _, save_mask = args[6:]
-    return OperatorCall(
-        direction="forward",
-        **_of(x, residual is not None, activation, parameters),
-        batch_statistics=training,
-        mask=save_mask,
-        saves=training or args[-2],
-        cumulative=training and momentum is None and counter is not None,
-        vectors=_dtypes(weight, bias, mean, var, counter),
-    )
+    def _note(self, name: str, args: Sequence[Any]) -> None:
+        run = IMPLEMENTATIONS[name]
+        given: tuple[Any, ...] = pytree.tree_map_only(Tensor, Tensor.detach, tuple(args))
+        with force_plan("formula"):  # nothing is looked up, recorded or tuned by observing
+            launches = tuple(_rehearsed(run, given, self.fake))
+        problems = dict.fromkeys(launch.origin for launch, _ in launches)
+        if problems:
+            where = next(t for t in given if isinstance(t, Tensor)).device
+            call = OperatorCall(name, where, tuple(problems), run, given, self.fake)
+            self.calls.setdefault(launches, call)
 
 
-def _of(x: Tensor, residual: bool, activation: str, parameters: Sequence[float]) -> dict[str, Any]:
-    return {
-        "sizes": tuple(x.shape),
-        "strides": x.stride(),
-        "dtype": x.dtype,
-        "where": x.device,
-        "device": Device.of(x.device),
-        "activation": activation,
-        "activation_args": tuple(parameters),
-        "residual": residual,
-    }
-
-
-def _dtypes(*vectors: Tensor | None) -> tuple[torch.dtype | None, ...]:
-    return tuple(None if t is None else t.dtype for t in vectors)
+def _described(value: Any) -> Any:
+    """What tells calls apart; strings and numbers as they are."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.stride(), value.dtype, value.device
+    return tuple(map(_described, value)) if isinstance(value, list | tuple) else value

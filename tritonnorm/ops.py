@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .device import Device
 from .kernels.base import BackwardArguments, ForwardArguments
+from .operators import implement
 from .plan import forced
 from .problem import Problem
 from .recipe import recipe, view_of
@@ -243,8 +244,7 @@ for _name, _implementation in (
     ("batch_norm_inference", _operator(_inference, 0)),
     ("batch_norm_backward", _operator(_backward, 1)),
 ):
-    for _key in ("CUDA", "CPU"):
-        _library.impl(_name, _implementation, _key)
+    implement(_library, _name, _implementation)
 
 
 @torch.library.register_fake("tritonnorm::batch_norm_training", lib=_library)

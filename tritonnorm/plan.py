@@ -21,8 +21,8 @@ from .device import Device
 from .kernels import BY_NAME, FOLDS, algorithms_for
 from .kernels.base import Algorithm, Config
 from .norms.problem import GroupProblem, minimum_group_bytes
-from .problem import FoldProblem, Problem, minimum_bytes
-from .tune.key import Key
+from .problem import Problem, minimum_bytes
+from .tune.key import Key, Shape
 from .tune.standing import SEEN, on_change
 from .tune.standing import standing as tuned
 from .tune.store import append_line
@@ -84,7 +84,7 @@ class Untuned(LookupError):
 
 
 def choose(
-    problem: Problem | GroupProblem | FoldProblem,
+    problem: Shape,
     device: Device,
     tables: Sequence[Table] = (),
     forced: Forced | None = None,
@@ -163,9 +163,7 @@ def forced() -> Forced | None:
     return _forced
 
 
-def plan(
-    problem: Problem | GroupProblem | FoldProblem, device: Device, by_hand: Forced | None = None
-) -> Plan:
+def plan(problem: Shape, device: Device, by_hand: Forced | None = None) -> Plan:
     """What the operators take for a problem: `choose`, with the tuned results of this process.
 
     Args:
@@ -174,8 +172,6 @@ def plan(
     Raises:
         Untuned: TRITONNORM_STRICT is set, and nothing was tuned for the problem on this GPU.
     """
-    if isinstance(problem, GroupProblem):  # of which there are no tables yet
-        return choose(problem, device, (), by_hand or forced())
     tables = tuned(device)
     by_hand = by_hand or forced()
     chosen = choose(problem, device, tables, by_hand)

@@ -16,9 +16,11 @@ import torch
 from . import settings
 from .activation import ACTIVATIONS
 from .device import INTERPRETER, Device
-from .kernels.base import EpilogueArguments
+from .kernels.base import EpilogueArguments, made_for
+from .norms.problem import GroupProblem
 from .plan import Forced, Plan, on_change, plan
-from .problem import Activity, FoldProblem, Problem, View
+from .problem import Activity, Problem, View
+from .tune.key import Shape
 from .tune.standing import SEEN
 
 
@@ -83,7 +85,7 @@ def described(
     return problem, dense, copies
 
 
-def decided(problem: Problem | FoldProblem, device: Device, forced: Forced | None = None) -> Plan:
+def decided(problem: Shape, device: Device, forced: Forced | None = None) -> Plan:
     """The plan of a problem; where TRITONNORM_TUNE asks for it, the problem is tuned first."""
     chosen = plan(problem, device, forced)
     if forced is not None or device.arch == INTERPRETER.arch:
@@ -94,6 +96,22 @@ def decided(problem: Problem | FoldProblem, device: Device, forced: Forced | Non
 
         return online.tuned(problem, device, chosen)
     return chosen
+
+
+def prepared(
+    problem: Problem | GroupProblem,
+    device: Device,
+    chosen: Plan,
+    activation: str,
+    activation_args: tuple[float, ...],
+) -> Callable[[Any], None]:
+    """What launches the kernels of a plan."""
+    algorithm: Any = chosen.runs
+    make = algorithm.forward if problem.direction == "forward" else algorithm.backward
+    epilogue = EpilogueArguments.named(activation, activation_args)
+    with made_for((problem, device)):
+        run: Callable[[Any], None] = make(problem, chosen.config, epilogue)
+    return run
 
 
 @lru_cache(maxsize=16384)
@@ -115,13 +133,8 @@ def recipe(
     problem, dense, copies = described(
         direction, sizes, strides, dtype, batch_statistics, activation, residual, mask, needs
     )
-    epilogue = EpilogueArguments.named(activation, activation_args)
     chosen = decided(problem, device, forced)
-    run: Callable[[Any], None]
-    if direction == "forward":
-        run = chosen.runs.forward(problem, chosen.config, epilogue)
-    else:
-        run = chosen.runs.backward(problem, chosen.config, epilogue)
+    run = prepared(problem, device, chosen, activation, activation_args)
     return Recipe(run, chosen, problem, dense, copies)
 
 

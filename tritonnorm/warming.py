@@ -13,13 +13,9 @@ from triton.runtime import driver
 
 from . import fold_ops
 from .frozen import launches_of
-from .kernels.base import Launch
-from .observe import OperatorCall, observe
-from .plan import forced
-from .problem import Problem
-from .recipe import recipe
+from .kernels.base import Launch, launches_to
+from .observe import observe
 from .settings import interpreting, logger
-from .tune.dummies import arguments, launches_to
 
 __all__ = ["Warm", "warmup"]
 
@@ -29,7 +25,7 @@ class Warm:
     """What `warmup` did.
 
     Attributes:
-        calls: distinct calls of batch norms and folds that the model makes.
+        calls: distinct calls of norms and folds that the model makes.
         launches: kernel launches that they consist of, each with its own sizes.
         compiled: of these, how many were compiled now; the others were ready.
     """
@@ -43,7 +39,7 @@ class Warm:
 
 
 def warmup(model: nn.Module, example: Any) -> Warm:
-    """Compile every kernel that a model's batch norms will need, ahead of the first step.
+    """Compile every kernel that a model's norms will need, ahead of the first step.
 
     Forward and backward, in training, in eval mode, and in the mode that the modules are in. No
     kernel runs, no weight or statistic changes, and no memory for activations is needed: the model
@@ -52,7 +48,7 @@ def warmup(model: nn.Module, example: Any) -> Warm:
     is not aligned to 16 bytes is compiled when it comes.
 
     Args:
-        model: with batch norms of this library, or frozen (`tritonnorm.freeze`).
+        model: with norms of this library, or frozen (`tritonnorm.freeze`).
         example: its input, or a tuple of its inputs: shape, dtype, memory format and device of a
             batch as it will come.
 
@@ -70,8 +66,9 @@ def warmup(model: nn.Module, example: Any) -> Warm:
         logger.info("warmup: Triton's interpreter is on, and compiles nothing")
         return Warm(len(calls), 0, 0)
     for call in calls:
-        with launches_to(_compiler(call.where, made)):
-            _run(call)
+        compile_one = _compiler(call.where, made)
+        for launch, dtypes in call.rehearse():
+            compile_one(launch, tuple(d and torch.empty(0, dtype=d, device="meta") for d in dtypes))
     folds = launches_of(model)
     for sources in folds:
         with launches_to(_compiler(sources[0].weight.device, made)):
@@ -90,25 +87,3 @@ def _compiler(where: torch.device, made: dict[Launch, bool]) -> Any:
         made[launch] = made.get(launch, False) or compiled is not None
 
     return compile_one
-
-
-def _run(call: OperatorCall) -> None:
-    """Go the operator's way, up to the launches."""
-    problem = call.problem
-    assert isinstance(problem, Problem)
-    found = recipe(
-        *(call.direction, call.sizes, call.strides, call.dtype, call.device, forced()),
-        *(call.batch_statistics, call.activation, call.activation_args, call.residual),
-        *(call.mask, *([call.needs] if call.direction == "backward" else [])),
-    )
-    backward = call.direction == "backward"
-    found.run(
-        arguments(
-            found.problem,
-            call.vectors,
-            saves=call.saves,
-            cumulative=call.cumulative,
-            residual=call.keeps_residual if backward else call.residual,
-            needs=call.needs if backward else None,
-        )
-    )

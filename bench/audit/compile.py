@@ -169,8 +169,7 @@ def expected_width(case: CompileCase, direction: Direction, config: Config) -> i
     problem = case.call.problem(direction)
     device = KNOWN[GPUS[case.target]]
     if isinstance(problem, GroupProblem):
-        strips = case.algorithm == "group_resident"  # a program has the channels of one group
-        return access_width(problem, config, device, problem.strip if strips else problem.vector)
+        return access_width(problem, config, device, case.algorithm)
     if case.algorithm == "affine" or (case.algorithm == "resident" and config.block_c > 1):
         problem = problem.flat  # the same problem where it is not one of tiny planes
     return access_width(problem, config, device)

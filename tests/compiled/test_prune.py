@@ -10,6 +10,7 @@ import torch
 
 from bench.call import Call
 from bench.lab.fake_driver import fake_driver
+from bench.norm_call import NormCall
 from tests import tuned
 from tritonnorm import force_plan
 from tritonnorm.device import KNOWN, simulated
@@ -21,15 +22,18 @@ from tritonnorm.tune.pool import compile_many
 from tritonnorm.tune.prune import prune, specs
 from tritonnorm.tune.static import KernelReport
 
-CALLS = [
+CALLS: list[Any] = [
     Call((4, 48, 14, 14), False, activation="relu", residual=True),
     Call((1, 64, 28, 28), True, activation="silu"),
     Call((4, 20, 7, 7), False, training=False, activation="relu"),
+    NormCall("group", (4, 64, 14, 14), 8, activation="silu", residual=True),
+    NormCall("layer", (64, 256)),
+    NormCall("rms", (32, 1 << 15)),
 ]
 
 
 @pytest.mark.parametrize("call", CALLS, ids=str)
-def test_what_is_compiled_is_what_would_be_launched(call: Call) -> None:
+def test_what_is_compiled_is_what_would_be_launched(call: Call | NormCall) -> None:
     """To the last register. On AMD, Triton also looks at the bytes of a tensor."""
     device, tensors = KNOWN["h200"], call.tensors()
     for direction in ("forward", "backward"):

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 __all__ = ["add_to"]
 
-PRESETS = ("resnet50", "efficientnet_b0", "densenet121", "unet3d", "mobilenet_v3")
+PRESETS = (
+    *("resnet50", "efficientnet_b0", "densenet121", "unet3d", "mobilenet_v3"),
+    *("diffusion_unet", "transformer"),
+)
 HELP = "find the fastest configurations on this GPU, and keep them"
 
 

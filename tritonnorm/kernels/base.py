@@ -14,6 +14,8 @@ from tritonnorm.problem import Problem
 from ._epilogue import EPILOGUES, Epilogue
 from .launch import Launch as Launch
 from .launch import forget_compiled as forget_compiled
+from .launch import launches_to as launches_to
+from .launch import made_for as made_for
 
 
 # Triton has both, but as functions for kernels too: a call from the host costs microseconds.

@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any, ClassVar
 
 import torch
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
+
+_origin: ContextVar[Any] = ContextVar("_origin", default=None)
+
+
+@contextlib.contextmanager
+def made_for(origin: Any) -> Iterator[None]:
+    """Launches made within the context have ``origin``: what they are to compute, for observers."""
+    token = _origin.set(origin)
+    try:
+        yield
+    finally:
+        _origin.reset(token)
+
+
+@contextlib.contextmanager
+def launches_to(sink: Callable[[Launch, tuple[Any, ...]], None]) -> Iterator[None]:
+    """Within the context launches, with their tensors, go to ``sink`` and are not made."""
+    before, Launch.sink = Launch.sink, sink
+    try:
+        yield
+    finally:
+        Launch.sink = before
 
 
 class Launch:
@@ -27,7 +51,7 @@ class Launch:
         meta: compile-time arguments by name.
     """
 
-    __slots__ = ("_grid", "_kernel", "_options", "_sizes", "_tail")
+    __slots__ = ("_grid", "_kernel", "_options", "_sizes", "_tail", "origin")
     sink: ClassVar[Callable[[Launch, tuple[Any, ...]], None] | None] = (
         None  # takes launches that are not to be made
     )
@@ -41,6 +65,7 @@ class Launch:
         cooperative: bool = False,
         **meta: Any,
     ) -> None:
+        self.origin = _origin.get()
         self._kernel = kernel
         self._grid = (*grid, 1, 1)[:3]
         self._sizes = tuple(sizes)

@@ -9,20 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tritonnorm.device import Device
-from tritonnorm.kernels.base import EpilogueArguments
 from tritonnorm.kernels.group_base import GroupBackward, GroupForward
+from tritonnorm.operators import implement
 from tritonnorm.ops import dense_like, unwatched, vector_of
-from tritonnorm.plan import Forced, Plan, choose, forced
-from tritonnorm.problem import View
-from tritonnorm.recipe import activity
+from tritonnorm.plan import Forced, Plan, forced, on_change
+from tritonnorm.recipe import activity, decided, prepared
 
-from .problem import GroupProblem, canonical, contiguous, group_view
+from .problem import GroupProblem, described
 
 _library = torch.library.Library("tritonnorm", "FRAGMENT")
 _tags = (torch.Tag.pt2_compliant_tag,)
@@ -73,7 +72,7 @@ def recipe(
     strides: tuple[int, ...],
     dtype: torch.dtype,
     device: Device,
-    decided: Forced | None,
+    overrule: Forced | None,
     groups: int,
     centred: bool,
     activation: str,
@@ -82,28 +81,15 @@ def recipe(
     needs: tuple[bool, ...] = (True, False, True, True),
 ) -> GroupRecipe:
     """Made once for all calls that are alike."""
-    dense = torch.empty_like(torch.empty_strided(sizes, strides, device="meta")).stride()
-    reorders = not canonical(sizes, dense)
-    if reorders:
-        dense = contiguous(sizes)
-    view = group_view(sizes, strides, dense, groups)
-    copies = view is None
-    problem = GroupProblem(
-        *(direction, view or cast(View, group_view(sizes, dense, dense, groups)), groups),
-        rows=groups == 1 and sizes[0] * sizes[1] == torch.Size(sizes).numel(),
-        centred=centred,
-        dtype=dtype,
-        activity=activity(activation),
-        residual=residual,
-        needs_dx=needs[0],
-        needs_dresidual=needs[1],
-        needs_dparams=needs[2] or needs[3],
+    problem, dense, copies, reorders = described(
+        *(direction, sizes, strides, dtype, groups, centred, activity(activation), residual, needs)
     )
-    chosen = choose(problem, device, (), decided)
-    algorithm: Any = chosen.runs
-    make = algorithm.forward if direction == "forward" else algorithm.backward
-    run = make(problem, chosen.config, EpilogueArguments.named(activation, activation_args))
+    chosen = decided(problem, device, overrule)
+    run = prepared(problem, device, chosen, activation, activation_args)
     return GroupRecipe(run, chosen, problem, dense, copies, reorders)
+
+
+on_change(recipe.cache_clear)
 
 
 def _twin(t: Tensor, found: GroupRecipe) -> Tensor:
@@ -232,10 +218,9 @@ def _update(
     running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
 
 
-for _key in ("CUDA", "CPU"):
-    _library.impl("instance_norm_update", _update, _key)
-    _library.impl("group_norm", _forward, _key)
-    _library.impl("group_norm_backward", _backward, _key)
+implement(_library, "instance_norm_update", _update)
+implement(_library, "group_norm", _forward)
+implement(_library, "group_norm_backward", _backward)
 
 
 @torch.library.register_fake("tritonnorm::group_norm", lib=_library)

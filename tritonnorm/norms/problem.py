@@ -157,6 +157,45 @@ class GroupProblem:
         return f"N={view.n} C={view.c} P={view.p} in order {order}, {self.groups} groups{kind}"
 
 
+def described(
+    direction: Literal["forward", "backward"],
+    sizes: tuple[int, ...],
+    strides: tuple[int, ...],
+    dtype: torch.dtype,
+    groups: int,
+    centred: bool,
+    activity: Activity,
+    residual: bool,
+    needs: tuple[bool, ...] = (True, False, True, True),
+) -> tuple[GroupProblem, tuple[int, ...], bool, bool]:
+    """The problem of a call; strides of a dense twin of the input in one of the two orders; whether
+    the input is copied to it; whether a tensor like the input is in neither order.
+
+    ``needs``: dinput, dresidual, dweight, dbias.
+    """
+    dense = torch.empty_like(torch.empty_strided(sizes, strides, device="meta")).stride()
+    reorders = not canonical(sizes, dense)
+    if reorders:
+        dense = contiguous(sizes)
+    view = group_view(sizes, strides, dense, groups)
+    copies = view is None
+    if view is None:
+        view = group_view(sizes, dense, dense, groups)
+        assert view is not None  # dense
+    problem = GroupProblem(
+        *(direction, view, groups),
+        rows=groups == 1 and math.prod(sizes[2:]) == 1,
+        centred=centred,
+        dtype=dtype,
+        activity=activity,
+        residual=residual,
+        needs_dx=needs[0],
+        needs_dresidual=needs[1],
+        needs_dparams=needs[2] or needs[3],
+    )
+    return problem, dense, copies, reorders
+
+
 def minimum_group_bytes(problem: GroupProblem) -> int:
     """The fewest bytes a problem moves through DRAM: each tensor once; vectors are left out.
 

@@ -17,6 +17,7 @@ from tritonnorm import reference
 from tritonnorm.activation import ACTIVATIONS
 from tritonnorm.device import Device
 from tritonnorm.kernels.masked_launches import MaskedLaunches, launches
+from tritonnorm.operators import implement
 from tritonnorm.ops import vector_of
 from tritonnorm.problem import View
 
@@ -164,8 +165,7 @@ for _name, _implementation in (
     ("masked_batch_norm_inference", _inference),
     ("masked_batch_norm_backward", _backward),
 ):
-    for _key in ("CUDA", "CPU"):
-        _library.impl(_name, _implementation, _key)
+    implement(_library, _name, _implementation)
 
 
 @torch.library.register_fake("tritonnorm::masked_batch_norm_training", lib=_library)

@@ -17,6 +17,7 @@ from torch import Tensor
 from tritonnorm.device import Device
 from tritonnorm.kernels import synced
 from tritonnorm.kernels.base import BackwardArguments, EpilogueArguments, ForwardArguments
+from tritonnorm.operators import implement
 from tritonnorm.ops import dense_like, unwatched, vector_of
 from tritonnorm.plan import Forced, choose, forced
 from tritonnorm.problem import Problem
@@ -233,8 +234,7 @@ _IMPLEMENTATIONS: dict[str, Any] = {
     "apply_gradient_sums": _apply_gradient_sums,
 }
 for _name, _implementation in _IMPLEMENTATIONS.items():
-    for _key in ("CUDA", "CPU"):
-        _library.impl(_name, _implementation, _key)
+    implement(_library, _name, _implementation)
 
 
 def _problem(x: Tensor, mask: bool = False) -> Problem:

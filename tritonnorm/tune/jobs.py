@@ -25,14 +25,12 @@ from tritonnorm.device import Device
 from tritonnorm.kernels import algorithms_for
 from tritonnorm.kernels.base import Config
 from tritonnorm.plan import choose
-from tritonnorm.problem import FoldProblem, Problem
 from tritonnorm.timing import Clock, GpuClock
-from tritonnorm.tune.key import Key
+from tritonnorm.tune.key import Key, Shape
 from tritonnorm.tune.search import Candidate, search
 
 __all__ = ["Job", "Result", "candidates_for", "run_job"]
 
-Shape = Problem | FoldProblem
 # Errors after which every call of the process fails (CUDA runtime API, cudaError).
 _FATAL = (
     *("CUDA error", "HIP error", "illegal memory access", "misaligned address"),
@@ -224,17 +222,15 @@ def work(
     clock: Clock | None = None,
 ) -> None:
     """The child's side: tune, and say how it goes."""
-    from tritonnorm.tune.scratch import NormTrial
-    from tritonnorm.tune.scratch_fold import FoldTrial
+    from tritonnorm.tune.trials import trial_of
 
     where = where or torch.device("cuda", int(job["index"]))
     if where.type == "cuda":
         torch.cuda.set_device(where)
     problem, device = Key.from_json(job["key"]).problem(), Device.of(where)
-    kind: Any = FoldTrial if isinstance(problem, FoldProblem) else NormTrial
     keep = None if job["incumbent"] is None else _candidate(job["incumbent"])
     candidates = [_candidate(c) for c in job["candidates"]]
-    trial = kind(problem, where, device, seed=int(job["seed"]))
+    trial = trial_of(problem, where, device, seed=int(job["seed"]))
     left = {*candidates, *([keep] if keep else [])}
 
     def begin(candidate: Candidate) -> None:

@@ -9,9 +9,12 @@ from typing import Any, cast
 
 import torch
 
+from tritonnorm.norms.problem import GroupProblem
 from tritonnorm.problem import Activity, FoldProblem, Problem, View
 
-__all__ = ["Key"]
+__all__ = ["Key", "Shape"]
+
+Shape = Problem | GroupProblem | FoldProblem  # what is planned and tuned
 
 _DTYPES = {
     str(t).removeprefix("torch."): t
@@ -20,6 +23,7 @@ _DTYPES = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _FLAGS = ("residual", "mask")
 _NEEDS = ("dx", "dresidual", "dparams")
+GROUP = "group "  # before the direction of a group norm
 LARGEST = 1 << 48  # an extent beyond it is no extent of a tensor
 
 
@@ -31,15 +35,16 @@ class Key:
     size, and `shape` tells them apart.
 
     Attributes:
-        op: "forward", "backward" or "fold".
+        op: "forward", "backward" or "fold"; "group forward" or "group backward" of the other norms.
         dtype: of the activations, or of the weights that are folded.
         layout: "NCP" or "PC", the memory order (`View`), with "strided" where the input has its own
-            strides; of a fold "rows" or "mixed".
+            strides; of a fold, and of a norm over rows, "rows", and else of a fold "mixed".
         flags: what else the compiled code depends on, joined by "+".
         v: the power of two, up to 16, that divides the contiguous extent: how wide accesses may be.
-        log2_m: of the values per channel, rounded.
-        log2_c: of the channels, rounded.
-        shape: exact: ``(n, c, p)`` and strides if any; of a fold ``(pairs, channels, elements)``.
+        log2_m: of the values per channel, rounded; of a group norm of the groups of all samples.
+        log2_c: of the channels, rounded; of a group norm of the values of a group.
+        shape: exact: ``(n, c, p)`` and strides if any, after ``(n, c, p, groups)`` of a group norm;
+            of a fold ``(pairs, channels, elements)``.
     """
 
     op: str
@@ -52,27 +57,36 @@ class Key:
     shape: tuple[int, ...]
 
     @classmethod
-    def of(cls, problem: Problem | FoldProblem) -> Key:
+    def of(cls, problem: Shape) -> Key:
         """The key of a problem."""
         if isinstance(problem, FoldProblem):
             return cls._of_fold(problem)
         view = problem.view
-        flags = ["batch" if problem.batch_statistics else "given"]
+        layout = "PC" if view.channels_last else "NCP"
+        groups: tuple[int, ...] = ()
+        if isinstance(problem, GroupProblem):
+            op, groups = f"{GROUP}{problem.direction}", (problem.groups,)
+            layout = "rows" if problem.rows else layout
+            flags = [problem.per, *(["centred"] if problem.centred else [])]
+            if problem.strip != problem.vector:  # of the channels of a group
+                flags.append(f"strip{problem.strip}")
+            sizes = problem.statistics, view.numel // problem.statistics
+        else:
+            op, sizes = problem.direction, (view.count, view.c)
+            flags = ["batch" if problem.batch_statistics else "given"]
         if problem.activity != "none":
             flags.append(problem.activity)
-        flags += [name for name in _FLAGS if getattr(problem, name)]
+        flags += [name for name in _FLAGS if getattr(problem, name, False)]
         if problem.direction == "backward":
             flags += [name for name in _NEEDS if getattr(problem, f"needs_{name}")]
-        layout = "PC" if view.channels_last else "NCP"
         return cls(
-            problem.direction,
+            op,
             _NAMES[problem.dtype],
             layout if view.strides is None else f"{layout} strided",
             "+".join(flags),
             problem.vector,
-            _log2(view.count),
-            _log2(view.c),
-            (view.n, view.c, view.p, *(view.strides or ())),
+            *map(_log2, sizes),
+            (view.n, view.c, view.p, *groups, *(view.strides or ())),
         )
 
     @classmethod
@@ -98,21 +112,29 @@ class Key:
         """The group and the rounded sizes."""
         return *self.group, self.log2_m, self.log2_c
 
+    @property
+    def kind(self) -> str:
+        """The kind of problem: sizes of two kinds cannot be compared."""
+        return GROUP if self.op.startswith(GROUP) else "fold" if self.op == "fold" else "batch"
+
     def distance(self, other: Key) -> float:
         """How far apart two sizes are: powers of two, where one of channels counts twice.
 
-        Channels decide how many programs there are, values per channel only how long they run.
+        Channels decide how many programs there are, values per channel only how long they run. Of a
+        group norm the values of a group count twice: they decide the tile.
         """
-        return abs(self._log_m - other._log_m) + 2 * abs(self._log_c - other._log_c)
+        pairs = zip(self._logs, other._logs, (1, 2), strict=True)
+        return sum(times * abs(a - b) for a, b, times in pairs)
 
     @property
-    def _log_m(self) -> float:
+    def _logs(self) -> tuple[float, float]:
         one, c, other = self.shape[:3]
-        return math.log2(max(1.0, other / c)) if self.op == "fold" else math.log2(one * other)
-
-    @property
-    def _log_c(self) -> float:
-        return math.log2(self.shape[1])
+        if self.kind == "fold":
+            return math.log2(max(1.0, other / c)), math.log2(c)
+        if self.kind == "batch":
+            return math.log2(one * other), math.log2(c)
+        statistics = other if self.layout.startswith("rows") else one * self.shape[3]
+        return math.log2(statistics), math.log2(one * c * other / statistics)
 
     def to_json(self) -> dict[str, Any]:
         """The fields, for `from_json`."""
@@ -128,14 +150,14 @@ class Key:
         if not isinstance(found, Mapping) or set(found) != set(cls.__dataclass_fields__):
             raise ValueError(f"key: expected the fields of a key, got {_short(found)}")
         shape = found["shape"]
-        if not isinstance(shape, list) or not 3 <= len(shape) <= 6:
-            raise ValueError(f"key: expected a shape of 3 or 6 integers, got {_short(shape)}")
+        if not isinstance(shape, list) or not 3 <= len(shape) <= 7:
+            raise ValueError(f"key: expected a shape of 3 to 7 integers, got {_short(shape)}")
         key = cls(**{**found, "shape": tuple(shape)})
         if key != cls.of(key.problem()):
             raise ValueError(f"key: expected one that agrees with its shape, got {_short(found)}")
         return key
 
-    def problem(self) -> Problem | FoldProblem:
+    def problem(self) -> Shape:
         """The problem that it is the key of.
 
         Raises:
@@ -159,26 +181,32 @@ class Key:
         dtypes = (_DTYPES[self.dtype], _DTYPES[affine], _DTYPES[statistics])
         return FoldProblem(*dtypes, pairs, channels, elements, self.layout == "rows")
 
-    def _norm(self) -> Problem:
+    def _norm(self) -> Problem | GroupProblem:
         flags = set(self.flags.split("+"))
-        activity = next(iter(flags & {"two_valued", "smooth"}), "none")
-        n, c, p, *strides = self.shape
-        if strides and len(strides) != 3:
-            raise ValueError(f"shape: expected three strides, got {_short(self.shape)}")
-        own = (strides[0], strides[1], strides[2]) if strides else None
-        if self.op not in ("forward", "backward"):
-            raise ValueError(f"op: expected forward, backward or fold, got {_short(self.op)}")
-        needs = {f"needs_{name}": name in flags for name in _NEEDS}
-        return Problem(
-            "forward" if self.op == "forward" else "backward",
-            "batch" in flags,
-            View(n, c, p, self.layout.startswith("PC"), own),
-            _DTYPES[self.dtype],
-            cast(Activity, activity),
-            "residual" in flags,
-            "mask" in flags,
-            **(needs if self.op == "backward" else {}),
-        )
+        direction = self.op.removeprefix(GROUP)
+        if direction not in ("forward", "backward"):
+            raise ValueError(f"op: expected one of a norm or fold, got {_short(self.op)}")
+        grouped = self.kind == GROUP
+        n, c, p, *rest = self.shape
+        groups = [rest.pop(0)] if grouped and rest else []
+        if len(groups) != grouped or len(rest) not in (0, 3):
+            raise ValueError(f"shape: expected sizes and three strides, got {_short(self.shape)}")
+        own = (rest[0], rest[1], rest[2]) if rest else None
+        rows = self.layout.startswith("rows")
+        common: dict[str, Any] = {
+            "direction": direction,
+            "view": View(n, c, p, rows or self.layout.startswith("PC"), own),
+            "dtype": _DTYPES[self.dtype],
+            "activity": cast(Activity, next(iter(flags & {"two_valued", "smooth"}), "none")),
+            "residual": "residual" in flags,
+        }
+        if direction == "backward":
+            common |= {f"needs_{name}": name in flags for name in _NEEDS}
+        if not grouped:
+            return Problem(batch_statistics="batch" in flags, mask="mask" in flags, **common)
+        if not groups[0] or c % groups[0] or (rows and (n, groups[0]) != (1, 1)):
+            raise ValueError(f"shape: expected groups of channels, got {_short(self.shape)}")
+        return GroupProblem(groups=groups[0], rows=rows, centred="centred" in flags, **common)
 
     def __str__(self) -> str:
         sizes = "x".join(map(str, self.shape))

@@ -11,14 +11,13 @@ from typing import Any
 from tritonnorm.device import Device
 from tritonnorm.kernels import algorithms_for
 from tritonnorm.kernels.base import Config
-from tritonnorm.problem import FoldProblem, Problem
-from tritonnorm.tune.key import Key
+from tritonnorm.problem import FoldProblem
+from tritonnorm.tune.key import Key, Shape
 from tritonnorm.tune.revisions import REVISIONS
 from tritonnorm.tune.store import Entry
 
 __all__ = ["FARTHEST", "Entries", "transfer"]
 
-Shape = Problem | FoldProblem
 # Powers of two in size between a problem and the entry whose choice it may still take: four times
 # the values per channel, or twice the channels. Neighbouring layers of a network are one apart.
 FARTHEST = 2.0
@@ -66,7 +65,7 @@ class Entries:
 
         def apart(entry: Entry) -> tuple[int, float]:
             differ = sum(a != b for a, b in zip(entry.key.group, key.group, strict=True))
-            same_kind = (entry.key.op == "fold") == (key.op == "fold")
+            same_kind = entry.key.kind == key.kind
             return differ, key.distance(entry.key) if same_kind else math.inf
 
         return sorted(self.exact.values(), key=apart)[:most]
@@ -97,7 +96,7 @@ def _measures(config: Config, problem: Shape, sms: int) -> list[float]:
     """A configuration as numbers that mean the same for every size and GPU: logarithms, and instead
     of splits the programs per multiprocessor."""
     values = {f.name: float(getattr(config, f.name)) for f in fields(config)}
-    if isinstance(problem, Problem):
+    if not isinstance(problem, FoldProblem):
         values["splits"] *= config.channel_blocks(problem) / sms
     return [math.log2(v) if v > 0 else v - 8.0 for v in values.values()]
 

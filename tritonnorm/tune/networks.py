@@ -1,4 +1,4 @@
-"""The batch norm layers of networks that people run.
+"""The norm layers of networks that people run: batch norms, and below them the other norms.
 
 A network is the tuple of its distinct layers, written out or made from the paper's own rule. The
 batch norm of a projection shortcut has the shape of the block's last one and nothing after it; it
@@ -180,4 +180,80 @@ NETWORKS: dict[str, tuple[Layer, ...]] = {
     "unet3d": distinct(unet3d()),
     "mobilenet_v3": distinct(mobilenet_v3()),
     "sequence": SEQUENCE,
+}
+
+
+@dataclass(frozen=True)
+class NormLayer:
+    """A group norm of so many groups over ``plane`` positions, or, with 0 groups, a layer or RMS
+    norm of rows of `channels` values, ``plane`` of them a sample."""
+
+    channels: int
+    plane: tuple[int, ...]
+    groups: int = 0
+    activation: str | None = None
+    centred: bool = True
+
+    def shape(self, batch: int) -> tuple[int, ...]:
+        """``[N, C, ...]`` of a batch, or ``[rows, C]``."""
+        if self.groups:
+            return (batch, self.channels, *self.plane)
+        rows = batch
+        for extent in self.plane:
+            rows *= extent
+        return (rows, self.channels)
+
+
+def diffusion_unet() -> Iterator[NormLayer]:
+    """All 61 group norms of the U-Net of latent diffusion (Rombach et al. 2022, as in Stable
+    Diffusion 1), 64x64 latents, in order.
+
+    320 channels, times 1, 2, 4, 4 on four levels, two residual blocks a level on the way down and
+    three on the way up, whose input is joined with that of the way down. A residual block has two
+    group norms with SiLU; the attention after it, on all levels but the deepest, one without.
+    """
+    width, multiples, side = 320, (1, 2, 4, 4), 64
+    skips, before = [width], width
+
+    def block(entering: int, leaving: int, attends: bool) -> Iterator[NormLayer]:
+        plane = (side, side)
+        yield NormLayer(entering, plane, 32, "silu")
+        yield NormLayer(leaving, plane, 32, "silu")
+        if attends:
+            yield NormLayer(leaving, plane, 32)
+
+    deepest = len(multiples) - 1
+    for level, times in enumerate(multiples):
+        for _ in range(2):
+            yield from block(before, width * times, level < deepest)
+            before = width * times
+            skips.append(before)
+        if level < deepest:
+            skips.append(before)
+            side //= 2
+    yield from block(before, before, True)
+    yield from block(before, before, False)
+    for level in range(deepest, -1, -1):
+        for _ in range(3):
+            yield from block(before + skips.pop(), width * multiples[level], level < deepest)
+            before = width * multiples[level]
+        side *= 2 if level else 1
+    yield NormLayer(before, (side, side), 32, "silu")
+
+
+#: Rows of language and vision transformers; the sequence is the longest that they were trained on.
+TRANSFORMER: tuple[NormLayer, ...] = (
+    NormLayer(768, (512,)),  # BERT base (Devlin et al. 2018)
+    NormLayer(1024, (512,)),  # BERT large
+    NormLayer(768, (197,)),  # ViT-B/16 (Dosovitskiy et al. 2020): 14 x 14 patches and one token
+    NormLayer(1024, (197,)),  # ViT-L/16
+    NormLayer(1600, (1024,)),  # GPT-2 (Radford et al. 2019), the largest
+    # LLaMA (Touvron et al. 2023), table 2: 7, 13, 33 and 65 billion parameters.
+    *(NormLayer(d, (2048,), centred=False) for d in (4096, 5120, 6656, 8192)),
+)
+
+#: Name -> its distinct layers that are not batch norms.
+NORM_NETWORKS: dict[str, tuple[NormLayer, ...]] = {
+    "diffusion_unet": tuple(dict.fromkeys(diffusion_unet())),
+    "transformer": TRANSFORMER,
 }

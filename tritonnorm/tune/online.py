@@ -10,9 +10,8 @@ import torch.distributed as dist
 from tritonnorm import settings
 from tritonnorm.device import Device
 from tritonnorm.plan import Plan
-from tritonnorm.problem import FoldProblem, Problem
 from tritonnorm.tune import agree
-from tritonnorm.tune.key import Key
+from tritonnorm.tune.key import Key, Shape
 from tritonnorm.tune.session import Session
 from tritonnorm.tune.standing import OWN
 
@@ -45,7 +44,7 @@ def _index(device: Device) -> int:
     return current
 
 
-def tuned(problem: Problem | FoldProblem, device: Device, chosen: Plan) -> Plan:
+def tuned(problem: Shape, device: Device, chosen: Plan) -> Plan:
     """The plan that tuning finds, once per process and kind; ``chosen`` where it may not happen."""
     key = Key.of(problem)
     reason = refusal()

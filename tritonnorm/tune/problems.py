@@ -1,4 +1,4 @@
-"""What to tune: the batch norms of a network by name, of a file, or of a model."""
+"""What to tune: the norms of a network by name, of a file, or of a model."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ from torch import nn
 
 from tritonnorm.activation import ACTIVATIONS
 from tritonnorm.device import Device, simulated
+from tritonnorm.norms.problem import GroupProblem
+from tritonnorm.norms.problem import described as group_described
 from tritonnorm.observe import observe
-from tritonnorm.problem import FoldProblem, Problem
-from tritonnorm.recipe import described
-from tritonnorm.tune.key import Key
-from tritonnorm.tune.networks import NETWORKS
+from tritonnorm.problem import Problem
+from tritonnorm.recipe import activity, described
+from tritonnorm.tune.key import Key, Shape
+from tritonnorm.tune.networks import NETWORKS, NORM_NETWORKS, NormLayer
 
-__all__ = ["DTYPES", "LAYOUTS", "PRESETS", "from_file", "from_model", "of_layer", "preset"]
+__all__ = [
+    *("DTYPES", "LAYOUTS", "PRESETS", "from_file", "from_model", "of_layer", "of_norm", "preset"),
+]
 
-Shape = Problem | FoldProblem
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LAYOUTS = ("NHWC", "NCHW")
 #: Name -> the batch that it is usually trained with on one GPU.
@@ -31,6 +34,8 @@ PRESETS = {
     "densenet121": 64,
     "unet3d": 2,
     "mobilenet_v3": 128,
+    "diffusion_unet": 8,
+    "transformer": 8,
 }
 
 
@@ -42,14 +47,11 @@ def of_layer(
     residual: bool = False,
 ) -> list[Problem]:
     """Training forward and backward, and inference, of one batch norm."""
-    x = torch.empty(tuple(sizes), device="meta")
-    if channels_last and x.dim() in (4, 5):
-        last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
-        x = x.contiguous(memory_format=last)
+    size, strides = tuple(sizes), _strides(sizes, channels_last)
     two_valued = activation is not None and ACTIVATIONS[activation].two_valued
     mask = residual and two_valued
     kept = residual and activation is not None  # what the backward knows of the residual
-    size, strides, name = tuple(sizes), x.stride(), activation or ""
+    name = activation or ""
     needs = (True, residual, True, True)
     return [
         described("forward", size, strides, dtype, True, name, residual, mask)[0],
@@ -58,12 +60,37 @@ def of_layer(
     ]
 
 
+def of_norm(
+    layer: NormLayer, batch: int, dtype: torch.dtype, channels_last: bool = False
+) -> list[GroupProblem]:
+    """Forward and backward of one of the other norms."""
+    sizes = layer.shape(batch)
+    strides, groups = _strides(sizes, channels_last), layer.groups or 1
+    kind = activity(layer.activation or "")
+    described = (sizes, strides, dtype, groups, layer.centred, kind, False)
+    return [group_described(d, *described)[0] for d in ("forward", "backward")]
+
+
+def _strides(sizes: Sequence[int], channels_last: bool) -> tuple[int, ...]:
+    """Of a dense tensor; only those of four or five dimensions have a format."""
+    x = torch.empty(tuple(sizes), device="meta")
+    if channels_last and x.dim() in (4, 5):
+        last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+        x = x.contiguous(memory_format=last)
+    return x.stride()
+
+
 def preset(
     name: str, dtypes: Sequence[str], layouts: Sequence[str], batch: int | None = None
-) -> Iterator[Problem]:
+) -> Iterator[Shape]:
     """The problems of a network in `PRESETS`."""
-    for layer in NETWORKS[name]:
-        sizes = layer.shape(batch or PRESETS[name])
+    batch = batch or PRESETS[name]
+    for norm in NORM_NETWORKS.get(name, ()):
+        for dtype in dtypes:
+            for layout in layouts if norm.groups else layouts[:1]:
+                yield from of_norm(norm, batch, DTYPES[dtype], layout == "NHWC")
+    for layer in NETWORKS.get(name, ()):
+        sizes = layer.shape(batch)
         for dtype in dtypes:
             for layout in layouts:
                 yield from of_layer(
@@ -106,7 +133,7 @@ def from_model(
         for layout in layouts:
             with simulated(device), _autocast(DTYPES[dtype]):
                 for call in observe(_ordered(model, layout), *_ordered_inputs(inputs, layout)):
-                    yield call.problem
+                    yield from (problem for problem, _ in call.problems)
 
 
 def _autocast(dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:

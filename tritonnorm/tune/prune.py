@@ -16,16 +16,15 @@ from typing import Any
 
 import torch
 
-from tritonnorm.device import Device
-from tritonnorm.kernels import BY_NAME
-from tritonnorm.kernels.base import Config, EpilogueArguments, Launch
+from tritonnorm.device import INTERPRETER, Device
+from tritonnorm.kernels.base import Config, Launch, launches_to
 from tritonnorm.kernels.folding import Batch
-from tritonnorm.problem import FoldProblem, Problem
-from tritonnorm.tune.dummies import arguments, launches_to
+from tritonnorm.problem import FoldProblem
+from tritonnorm.tune.key import Shape
 from tritonnorm.tune.pool import KernelSpec, compile_each
-from tritonnorm.tune.scratch import ACTIVATIONS
 from tritonnorm.tune.search import Candidate
 from tritonnorm.tune.static import KernelReport
+from tritonnorm.tune.trials import trial_of
 
 __all__ = ["TENSORS", "WIDE", "Pruned", "access_width", "faults", "prune", "specs", "widths"]
 
@@ -41,15 +40,17 @@ _TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
-Shape = Problem | FoldProblem
 
 
-def access_width(problem: Any, config: Config, device: Device, vector: int = 0) -> int:
-    """Bits that an access can have: by what divides the contiguous axis (``vector`` elements, by
-    default those of the problem), and a thread's share."""
+def access_width(problem: Any, config: Config, device: Device, algorithm: str = "") -> int:
+    """Bits that an access can have: by what divides the contiguous axis, and a thread's share.
+
+    A program of ``algorithm`` "group_resident" has the channels of one group.
+    """
     contiguous = config.block_c if problem.view.channels_last else config.block_p
     of_thread = max(1, config.tile // (config.num_warps * device.warp))
-    elements = min(vector or problem.vector, contiguous, of_thread)
+    strips = algorithm == "group_resident"
+    elements = min(problem.strip if strips else problem.vector, contiguous, of_thread)
     return min(WIDE, elements * problem.dtype.itemsize * 8)
 
 
@@ -64,11 +65,13 @@ def widths(report: KernelReport) -> dict[str, int]:
     return found
 
 
-def faults(problem: Shape, config: Config, device: Device, report: KernelReport) -> list[str]:
+def faults(
+    problem: Shape, config: Config, device: Device, report: KernelReport, algorithm: str = ""
+) -> list[str]:
     """Why a kernel is not worth timing, in words that many share; empty if it is."""
     found = ["spills registers"] if report.spills or report.stack else []
-    if isinstance(problem, Problem):
-        expected = access_width(problem, config, device)
+    if not isinstance(problem, FoldProblem):
+        expected = access_width(problem, config, device, algorithm)
         narrow = [bits for name, bits in widths(report).items() if name in TENSORS]
         if min(narrow, default=expected) < expected:
             found.append("loses vector width")
@@ -81,24 +84,10 @@ def specs(problem: Shape, candidate: Candidate, target: str) -> list[KernelSpec]
     with launches_to(lambda launch, tensors: found.append(_spec(launch, tensors, target))):
         if isinstance(problem, FoldProblem):
             _rehearse_fold(problem, candidate[1])
-        else:
-            _rehearse(problem, candidate)
+        else:  # parameters and statistics in float32, as mixed precision has them
+            trial = trial_of(problem, torch.device("meta"), INTERPRETER)
+            trial.calls(candidate)[0]()
     return found
-
-
-def _rehearse(problem: Problem, candidate: Candidate) -> None:
-    algorithm, config = BY_NAME[candidate[0]], candidate[1]
-    epilogue = EpilogueArguments.named(ACTIVATIONS[problem.activity], ())
-    statistics = problem.accumulator
-    given = arguments(
-        problem, (statistics,) * 4 + (torch.int64,), residual=_residual(problem)
-    )  # parameters and statistics in float32, as mixed precision has them
-    make: Any = algorithm.forward if problem.direction == "forward" else algorithm.backward
-    make(problem, config, epilogue)(given)
-
-
-def _residual(problem: Problem) -> bool:
-    return problem.residual if problem.direction == "forward" else problem.reads_residual
 
 
 def _rehearse_fold(problem: FoldProblem, config: Config) -> None:
@@ -117,7 +106,7 @@ def _spec(launch: Launch, tensors: Sequence[Any], target: str) -> KernelSpec:
     kernel, sizes, options = launch.parts
     names = list(kernel.arg_names)
     plain = getattr(kernel, "do_not_specialize", None) or getattr(kernel, "kwargs", {}).get(
-        "do_not_specialize", ()
+        "do_not_specialize"
     )
     kept = {n: v for n, v in options.items() if n not in names}
     constants = {n: v for n, v in options.items() if n in names}
@@ -129,7 +118,7 @@ def _spec(launch: Launch, tensors: Sequence[Any], target: str) -> KernelSpec:
         elif isinstance(value, float):
             signature[name] = "fp64"
         elif isinstance(value, int):
-            special = name not in plain
+            special = name not in (plain or ())
             if special and value == 1:
                 constants[name] = 1
                 continue
@@ -194,7 +183,7 @@ def prune(
                 if isinstance(report, Exception):
                     found.append("does not compile")
                 else:
-                    found += faults(problem, candidate[1], device, report)
+                    found += faults(problem, candidate[1], device, report, candidate[0])
             if found:
                 result.reasons[found[0]] += 1
             else:

@@ -8,4 +8,12 @@ from __future__ import annotations
 
 __all__ = ["REVISIONS"]
 
-REVISIONS: dict[str, int] = {"resident": 1, "persistent": 1, "split": 1, "affine": 1, "fold": 1}
+REVISIONS: dict[str, int] = {
+    "resident": 1,
+    "persistent": 1,
+    "split": 1,
+    "affine": 1,
+    "group_resident": 1,
+    "group_split": 1,
+    "fold": 1,
+}

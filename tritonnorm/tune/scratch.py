@@ -21,7 +21,7 @@ from tritonnorm.kernels.base import BackwardArguments, EpilogueArguments, Forwar
 from tritonnorm.problem import Problem
 from tritonnorm.tune.search import Candidate, Wrong
 
-__all__ = ["ACTIVATIONS", "NormTrial", "compare", "sets_for"]
+__all__ = ["ACTIVATIONS", "EPS", "NormTrial", "compare", "poison", "portions", "sets_for"]
 
 #: The activation that stands for its kind: the one that networks use most.
 ACTIVATIONS = {"none": "", "two_valued": "relu", "smooth": "silu"}
@@ -48,35 +48,36 @@ def sets_for(problem_bytes: int, device: Device, free: int | None = None) -> int
 
 
 class NormTrial:
-    """A batch norm problem with its tensors: a `search.Trial`.
+    """A problem of a norm with its tensors: a `search.Trial`. This one is of a batch norm.
 
     Args:
         problem: what is computed.
-        where: the device of the tensors.
+        where: the device of the tensors; on the meta device there is one set, without values.
         device: what a plan knows of it.
         seed: of the values.
     """
 
-    def __init__(
-        self, problem: Problem, where: torch.device, device: Device, seed: int = 0
-    ) -> None:
+    def __init__(self, problem: Any, where: torch.device, device: Device, seed: int = 0) -> None:
         self.problem, self.where, self.device = problem, where, device
         self.activation = ACTIVATIONS[problem.activity]
-        self.generator = torch.Generator(where).manual_seed(seed)
+        meta = where.type == "meta"
+        self.generator = None if meta else torch.Generator(where).manual_seed(seed)
         tensors = 3 + problem.residual + problem.needs_dresidual
         free = torch.cuda.mem_get_info(where)[0] if where.type == "cuda" else None
-        count = sets_for(problem.bytes * tensors, device, free)
+        count = 1 if meta else sets_for(problem.bytes * tensors, device, free)
         self.sets = [self._arguments() for _ in range(count)]
 
     def _tensor(self) -> Tensor:
         """``[N, C, P]`` in the problem's memory order."""
         view = self.problem.view
-        if view.channels_last:
-            flat = torch.empty(view.n * view.p, view.c, device=self.where, dtype=self.problem.dtype)
-            flat.normal_(generator=self.generator)
-            return flat.reshape(view.n, view.p, view.c).transpose(1, 2)
-        made = torch.empty(view.n, view.c, view.p, device=self.where, dtype=self.problem.dtype)
-        return made.normal_(generator=self.generator)
+        order = (view.n, view.p, view.c) if view.channels_last else (view.n, view.c, view.p)
+        made = torch.empty(order, device=self.where, dtype=self.problem.dtype)
+        made.normal_(generator=self.generator)
+        return made.transpose(1, 2) if view.channels_last else made
+
+    def _output(self, wanted: bool = True) -> Tensor | None:
+        """The same to write to."""
+        return torch.empty_like(self._tensor()) if wanted else None
 
     def _input(self) -> Tensor:
         """The same, with the input's own strides, in memory of its own."""
@@ -93,6 +94,19 @@ class NormTrial:
         made = torch.empty(self.problem.view.c, device=self.where, dtype=self.problem.accumulator)
         return made.uniform_(low, high, generator=self.generator)
 
+    def _run(self, candidate: Candidate) -> Callable[[Any], None]:
+        name, config = candidate
+        algorithm = BY_NAME[name]
+        epilogue = EpilogueArguments.named(self.activation, ())
+        make: Any = algorithm.forward if self.problem.direction == "forward" else algorithm.backward
+        run: Callable[[Any], None] = make(self.problem, config, epilogue)
+        return run
+
+    def calls(self, candidate: Candidate) -> Sequence[Callable[[], Any]]:
+        """The candidate on each set."""
+        run = self._run(candidate)
+        return [lambda a=a: run(a) for a in self.sets]  # type: ignore[misc]
+
     def _mask(self) -> Tensor | None:
         if not self.problem.mask:
             return None
@@ -100,7 +114,7 @@ class NormTrial:
         options: Any = {"device": self.where, "generator": self.generator}
         return torch.randint(0, 256, shape, dtype=torch.uint8, **options)
 
-    def _arguments(self) -> ForwardArguments | BackwardArguments:
+    def _arguments(self) -> Any:
         p, x = self.problem, self._input()
         weight, bias = self._vector(0.5, 1.5), self._vector(-1.0, 1.0)
         mean, var = self._vector(-0.2, 0.2), self._vector(0.5, 1.5)
@@ -119,24 +133,11 @@ class NormTrial:
         return BackwardArguments(
             *(self._tensor(), x, mean, torch.rsqrt(var + EPS)),
             *(self._tensor() if p.reads_residual else None, self._mask(), weight, bias),
-            torch.empty_like(self._tensor()) if p.needs_dx else None,
-            torch.empty_like(self._tensor()) if p.needs_dresidual else None,
+            self._output(p.needs_dx),
+            self._output(p.needs_dresidual),
             torch.empty_like(weight) if parameters else None,
             torch.empty_like(bias) if parameters else None,
         )
-
-    def _run(self, candidate: Candidate) -> Callable[[Any], None]:
-        name, config = candidate
-        algorithm = BY_NAME[name]
-        epilogue = EpilogueArguments.named(self.activation, ())
-        make: Any = algorithm.forward if self.problem.direction == "forward" else algorithm.backward
-        run: Callable[[Any], None] = make(self.problem, config, epilogue)
-        return run
-
-    def calls(self, candidate: Candidate) -> Sequence[Callable[[], Any]]:
-        """The candidate on each set."""
-        run = self._run(candidate)
-        return [lambda a=a: run(a) for a in self.sets]  # type: ignore[misc]
 
     def check(self, candidate: Candidate) -> None:
         """Compute the first set into outputs full of NaN and compare with the reference."""
@@ -145,7 +146,7 @@ class NormTrial:
         if isinstance(a, ForwardArguments):
             kept = (a.running_mean, a.running_var)
             a.running_mean, a.running_var = (None if t is None else t.clone() for t in kept)
-            _poison(a.y, a.mean, a.rstd)
+            poison(a.y, a.mean, a.rstd)
             if a.mask is not None:
                 a.mask.fill_(0)
             run(a)
@@ -153,12 +154,12 @@ class NormTrial:
             a.running_mean, a.running_var = kept
             _check_forward(a, own, self.problem, self.activation)
         else:
-            _poison(a.dx, a.dresidual, a.dweight, a.dbias)
+            poison(a.dx, a.dresidual, a.dweight, a.dbias)
             run(a)
             _check_backward(a, self.problem, self.activation)
 
 
-def _poison(*outputs: Tensor | None) -> None:
+def poison(*outputs: Tensor | None) -> None:
     for t in outputs:
         if t is not None:
             t.fill_(math.nan)
@@ -170,9 +171,14 @@ def _statistics(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _slices(x: Tensor) -> list[slice]:
-    """Channels in portions that the reference can compute at once."""
-    step = max(1, CHUNK // max(1, x.numel() // x.shape[1]))
-    return [slice(c, c + step) for c in range(0, x.shape[1], step)]
+    """Channels in portions."""
+    return portions(x, 1)
+
+
+def portions(x: Tensor, dim: int) -> list[slice]:
+    """A dimension in portions that the reference can compute at once."""
+    step = max(1, CHUNK // max(1, x.numel() // x.shape[dim]))
+    return [slice(i, i + step) for i in range(0, x.shape[dim], step)]
 
 
 def _part(t: Tensor | None, s: slice) -> Tensor | None:

@@ -12,10 +12,9 @@ import torch
 
 from tritonnorm.device import Device
 from tritonnorm.kernels.base import Config
-from tritonnorm.problem import FoldProblem, Problem
 from tritonnorm.tune import standing
 from tritonnorm.tune.jobs import Job, Result, candidates_for, run_job
-from tritonnorm.tune.key import Key
+from tritonnorm.tune.key import Key, Shape
 from tritonnorm.tune.prune import Pruned, prune
 from tritonnorm.tune.revisions import REVISIONS
 from tritonnorm.tune.search import Candidate
@@ -23,7 +22,6 @@ from tritonnorm.tune.store import Entry
 
 __all__ = ["Session", "Summary", "Tuned", "environment"]
 
-Shape = Problem | FoldProblem
 # Of measuring, per problem: 30 candidates of half a second each, compiled and checked, and the last
 # measurement. Less than 2 s measures little more than one of them.
 MOST_SECONDS, LEAST_SECONDS = 20.0, 2.0
