@@ -21,7 +21,7 @@ OPS = torch.ops.tritonnorm
 
 def sample(shape: tuple[int, ...], layout: str, groups: int, **options: Any) -> tuple[Any, ...]:
     """Arguments of group_norm."""
-    c = shape[1]
+    c = options.get("c", shape[1])
     with_parts = options.get("full", True)
     return (
         cases.LAYOUTS[layout](tensor(*shape)),
@@ -33,6 +33,7 @@ def sample(shape: tuple[int, ...], layout: str, groups: int, **options: Any) -> 
         1e-5,
         options.get("activation", ""),
         options.get("args", []),
+        options.get("size", 0),
     )
 
 
@@ -41,17 +42,19 @@ SAMPLES = [
     sample((2, 4, 2, 3), "channels_last", 2, residual=True, activation="silu"),
     sample((2, 4, 2, 3), "crop", 4, activation="leaky_relu", args=[0.2]),
     sample((6, 5), "contiguous", 1, full=False, residual=True, activation="gelu", centred=False),
+    sample((2, 3, 4), "contiguous", 1, c=4, size=4, residual=True, activation="silu"),
+    sample((2, 3, 4), "batch_inner", 1, c=4, size=4, residual=True, centred=False),
 ]
 
 
 def backward_sample(needs: list[bool], *arguments: Any) -> tuple[Any, ...]:
     """Arguments of group_norm_backward after the forward of a sample."""
-    x, residual, weight, bias, groups, centred, _, activation, args = arguments
+    x, residual, weight, bias, groups, centred, _, activation, args, size = arguments
     _, mean, rstd = OPS.group_norm(*arguments)
     kept = residual if activation else None
     return (
         tensor(*x.shape, seed=8), x, kept, weight, bias, mean, rstd, groups, centred,
-        activation, args, needs,
+        activation, args, needs, size,
     )  # fmt: skip
 
 
@@ -73,8 +76,11 @@ def test_opcheck_update() -> None:
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, "batch_inner"])
-def test_fake_strides_are_the_real_ones(layout: str) -> None:
-    arguments = sample((3, 4, 2, 3), layout, 2, residual=True, activation="relu")
+@pytest.mark.parametrize(("groups", "c", "size"), [(2, 4, 0), (1, 3, 3)])
+def test_fake_strides_are_the_real_ones(layout: str, groups: int, c: int, size: int) -> None:
+    arguments = sample(
+        (3, 4, 2, 3), layout, groups, c=c, size=size, residual=True, activation="relu"
+    )
     for op, given in (
         (OPS.group_norm, arguments),
         (OPS.group_norm_backward, backward_sample([True] * 4, *arguments)),

@@ -224,43 +224,42 @@ def _fake_forward(x: Tensor, statistics: bool, save_mask: bool) -> Outputs:
     return y, *_saved(x, None, problem, statistics)
 
 
-def _tensors(found: Outputs | Gradients, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the schema promises: an empty tensor for each result that was not asked for."""
-    a, b, c, d = (like.new_empty(0) if t is None else t for t in found)
-    return a, b, c, d
+def promised(found: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
+    """What a schema promises: an empty tensor for each result that was not asked for."""
+    return tuple(like.new_empty(0) if t is None else t for t in found)
 
 
-def _operator(implementation: Callable[..., Outputs | Gradients], input: int) -> Callable[..., Any]:
+def operator(implementation: Callable[..., Sequence[Maybe]], input: int) -> Callable[..., Any]:
     """The implementation as the dispatcher calls it; ``input`` is the place of the input."""
 
-    def operator(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return _tensors(implementation(*args), args[input])
+    def run(*args: Any) -> tuple[Tensor, ...]:
+        return promised(implementation(*args), args[input])
 
-    return operator
+    return run
 
 
 for _name, _implementation in (
-    ("batch_norm_training", _operator(_training, 0)),
-    ("batch_norm_inference", _operator(_inference, 0)),
-    ("batch_norm_backward", _operator(_backward, 1)),
+    ("batch_norm_training", operator(_training, 0)),
+    ("batch_norm_inference", operator(_inference, 0)),
+    ("batch_norm_backward", operator(_backward, 1)),
 ):
     implement(_library, _name, _implementation)
 
 
 @torch.library.register_fake("tritonnorm::batch_norm_training", lib=_library)
-def _(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _tensors(_fake_forward(input, True, args[-1]), input)
+def _(input: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return promised(_fake_forward(input, True, args[-1]), input)
 
 
 @torch.library.register_fake("tritonnorm::batch_norm_inference", lib=_library)
-def _(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _tensors(_fake_forward(input, args[-2], args[-1]), input)
+def _(input: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return promised(_fake_forward(input, args[-2], args[-1]), input)
 
 
 @torch.library.register_fake("tritonnorm::batch_norm_backward", lib=_library)
-def _(grad: Tensor, input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(grad: Tensor, input: Tensor, *args: Any) -> tuple[Tensor, ...]:
     weight, bias, needs = args[2], args[3], args[-1]
-    return _tensors(_gradients(input, weight, bias, needs), input)
+    return promised(_gradients(input, weight, bias, needs), input)
 
 
 def unwatched(*tensors: Tensor | None) -> bool:

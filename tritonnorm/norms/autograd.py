@@ -31,19 +31,20 @@ class GroupNormFunction(torch.autograd.Function):
         eps: float,
         activation: str,
         activation_args: tuple[float, ...],
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        size: int,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         y, mean, rstd = ops.forward(
-            x, residual, weight, bias, groups, centred, eps, activation, activation_args
+            x, residual, weight, bias, groups, centred, eps, activation, activation_args, size
         )
         ctx.save_for_backward(x, residual if activation else None, weight, bias, mean, rstd)
-        ctx.mark_non_differentiable(mean, rstd)
-        ctx.options = (groups, centred, eps, activation, activation_args)
+        ctx.mark_non_differentiable(rstd if mean is None else mean, rstd)
+        ctx.options = (groups, centred, eps, activation, activation_args, size)
         return y, mean, rstd
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, residual, weight, bias, mean, rstd = ctx.saved_tensors
-        groups, centred, _, activation, activation_args = ctx.options
+        groups, centred, _, activation, activation_args, size = ctx.options
         needs = [
             ctx.needs_input_grad[0],
             ctx.needs_input_grad[1] and bool(activation),
@@ -56,12 +57,12 @@ class GroupNormFunction(torch.autograd.Function):
         else:
             found = ops.backward(
                 grads[0], x, residual, weight, bias, mean, rstd,
-                groups, centred, activation, activation_args, needs,
+                groups, centred, activation, activation_args, needs, size,
             )  # fmt: skip
         gradients = [g if needed else None for g, needed in zip(found, needs, strict=True)]
         if ctx.needs_input_grad[1] and not activation:
             gradients[1] = grads[0]
-        return (*gradients, *(None,) * 5)
+        return (*gradients, *(None,) * 6)
 
 
 _apply = super(torch.autograd.Function, GroupNormFunction).apply
@@ -72,11 +73,12 @@ def _differentiable_backward(
 ) -> tuple[Tensor | None, ...]:
     """The backward as PyTorch operations, so that it has derivatives itself."""
     x, residual, weight, bias, _, rstd = ctx.saved_tensors
-    groups, centred, eps, activation, activation_args = ctx.options
+    groups, centred, eps, activation, activation_args, size = ctx.options
     wide = torch.promote_types(x.dtype, rstd.dtype)
+    g, x_ = (t.to(wide).reshape(-1, size) if size else t.to(wide) for t in (dy, x))
     z, w, b = (None if t is None else t.to(wide) for t in (residual, weight, bias))
-    v = reference.pre_activation(x.to(wide), groups, w, b, z, eps, centred)
-    g = dy.to(wide)
+    z = z.reshape(x_.shape) if z is not None else None
+    v = reference.pre_activation(x_, groups, w, b, z, eps, centred)
     if activation:
         y = ACTIVATIONS[activation].function(v, *activation_args)
         (g,) = torch.autograd.grad(y, v, g, create_graph=True)
@@ -86,7 +88,7 @@ def _differentiable_backward(
     dx = next(found) if needs[0] else None
     dweight = next(found) if needs[2] else None
     dbias = next(found) if needs[3] else None
-    return dx, g.to(x.dtype) if needs[1] else None, dweight, dbias
+    return dx, g.to(x.dtype).reshape(x.shape) if needs[1] else None, dweight, dbias
 
 
 def group_norm(
@@ -99,15 +101,19 @@ def group_norm(
     eps: float,
     activation: str,
     activation_args: tuple[float, ...],
-) -> tuple[Tensor, Tensor, Tensor]:
+    size: int = 0,
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """The operator, with autograd if a gradient can be asked for, else without: output, mean (empty
-    if not centred) and rstd."""
-    arguments = (x, residual, weight, bias, groups, centred, eps, activation, activation_args)
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, residual, weight, bias)
+    or None if not centred) and rstd. With a `size`, rows of so many neighbours are normalized."""
+    arguments = (x, residual, weight, bias, groups, centred, eps, activation, activation_args, size)
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
     ):
         # Without torch.func, which `functional` keeps away, the method in C is all of `apply`.
         apply = GroupNormFunction.apply if torch.compiler.is_compiling() else _apply
-        found: tuple[Tensor, Tensor, Tensor] = apply(*arguments)
+        found: tuple[Tensor, Tensor | None, Tensor] = apply(*arguments)
         return found
     return ops.forward(*arguments)

@@ -258,23 +258,15 @@ def _rows(
         return None
     from . import autograd
 
-    size = math.prod(shape)
     if eps is None:
         wide = torch.float64 if input.dtype == torch.float64 else torch.float32
         eps = torch.finfo(wide).eps
-
-    def rows(t: Tensor) -> Tensor:
-        found = t.reshape(-1, size)
-        return found if found.stride(1) == 1 or size == 1 else found.contiguous()
-
-    y = autograd.group_norm(
-        rows(input),
-        None if residual is None else rows(residual),
-        None if weight is None else weight.reshape(-1),
-        None if bias is None else bias.reshape(-1),
-        *(1, centred, eps, *fine),
+    if len(shape) > 1:
+        weight = None if weight is None else weight.reshape(-1)
+        bias = None if bias is None else bias.reshape(-1)
+    return autograd.group_norm(
+        input, residual, weight, bias, 1, centred, eps, *fine, math.prod(shape)
     )[0]
-    return y.reshape(input.shape)
 
 
 def _accept(

@@ -17,7 +17,7 @@ from torch import Tensor
 from tritonnorm.device import Device
 from tritonnorm.kernels.group_base import GroupBackward, GroupForward
 from tritonnorm.operators import implement
-from tritonnorm.ops import dense_like, unwatched, vector_of
+from tritonnorm.ops import Maybe, dense_like, operator, promised, unwatched, vector_of
 from tritonnorm.plan import Forced, Plan, forced, on_change
 from tritonnorm.recipe import activity, decided, prepared
 
@@ -27,14 +27,14 @@ _library = torch.library.Library("tritonnorm", "FRAGMENT")
 _tags = (torch.Tag.pt2_compliant_tag,)
 _library.define(
     "group_norm(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, int groups, "
-    "bool centred, float eps, str activation, float[] activation_args) "
+    "bool centred, float eps, str activation, float[] activation_args, int size) "
     "-> (Tensor output, Tensor mean, Tensor rstd)",
     tags=_tags,
 )
 _library.define(
     "group_norm_backward(Tensor grad, Tensor input, Tensor? residual, Tensor? weight, "
     "Tensor? bias, Tensor mean, Tensor rstd, int groups, bool centred, "
-    "str activation, float[] activation_args, bool[] needs) "
+    "str activation, float[] activation_args, bool[] needs, int size) "
     "-> (Tensor dinput, Tensor dresidual, Tensor dweight, Tensor dbias)",
     tags=_tags,
 )
@@ -92,8 +92,34 @@ def recipe(
 on_change(recipe.cache_clear)
 
 
-def _twin(t: Tensor, found: GroupRecipe) -> Tensor:
+def _rows(t: Tensor, size: int) -> Tensor:
+    """Something that a kernel can read as rows of `size` neighbours, where that is not 0."""
+    if not size or t.is_contiguous():
+        return t
+    found = t.reshape(-1, size)
+    return found if found.stride(1) == 1 or size == 1 else found.contiguous()
+
+
+def _seen(t: Tensor, size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Sizes and strides of such a tensor as ``[N, C, ...]``. No tensor is made for it: a view costs
+    the host up to 7 microseconds."""
+    if size and t.is_contiguous():
+        return (t.numel() // size, size), (size, 1)
+    return t.shape, t.stride()
+
+
+def _dense(t: Tensor, found: GroupRecipe, size: int) -> Tensor:
+    return t.contiguous() if size else dense_like(t, found.dense)
+
+
+def _form(size: int) -> torch.memory_format:
+    return torch.contiguous_format if size else torch.preserve_format
+
+
+def _twin(t: Tensor, found: GroupRecipe, size: int) -> Tensor:
     """An unwritten tensor for a result: like the input, in one of the two orders."""
+    if size and not t.is_contiguous():
+        return torch.empty_like(t, memory_format=_form(size))
     if found.reorders:
         return torch.empty_strided(t.shape, found.dense, dtype=t.dtype, device=t.device)
     return torch.empty_like(t)
@@ -113,20 +139,24 @@ def _forward(
     eps: float,
     activation: str,
     activation_args: Sequence[float],
-) -> tuple[Tensor, Tensor, Tensor]:
+    size: int,
+) -> tuple[Tensor, Maybe, Tensor]:
+    """With a ``size``, rows of so many neighbours are normalized, one group each; else ``input`` is
+    ``[N, C, ...]``."""
+    x = _rows(input, size)
     found = recipe(
-        *("forward", input.shape, input.stride(), input.dtype, Device.of(input.device), forced()),
+        *("forward", *_seen(x, size), input.dtype, Device.of(input.device), forced()),
         *(groups, centred, activation, tuple(activation_args), residual is not None),
     )
     mean, rstd = _statistics(input, found.problem.statistics, centred)
-    y = _twin(input, found)
+    y = _twin(input, found, size)
     found.run(
         GroupForward(
-            x=_twin(input, found).copy_(input) if found.copies else input,
+            x=_twin(x, found, size).copy_(x) if found.copies else x,
             y=y,
-            mean=mean if centred else None,
+            mean=mean,
             rstd=rstd,
-            residual=None if residual is None else dense_like(residual, found.dense),
+            residual=None if residual is None else _dense(residual, found, size),
             weight=vector_of(weight),
             bias=vector_of(bias),
             eps=eps,
@@ -135,10 +165,11 @@ def _forward(
     return _result(y, input, found), mean, rstd
 
 
-def _statistics(x: Tensor, size: int, centred: bool) -> tuple[Tensor, Tensor]:
-    """Unwritten mean (empty where there is none) and rstd."""
+def _statistics(x: Tensor, size: int, centred: bool) -> tuple[Maybe, Tensor]:
+    """Unwritten mean (None where there is none) and rstd."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return x.new_empty(size if centred else 0, dtype=wide), x.new_empty(size, dtype=wide)
+    rstd = x.new_empty(size, dtype=wide)
+    return torch.empty_like(rstd) if centred else None, rstd
 
 
 def _backward(
@@ -147,57 +178,50 @@ def _backward(
     residual: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    mean: Tensor,
+    mean: Tensor | None,
     rstd: Tensor,
     groups: int,
     centred: bool,
     activation: str,
     activation_args: Sequence[float],
     needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``needs``: which of dinput, dresidual, dweight, dbias to compute; the others come back
-    empty. Without an activation dresidual is a copy of grad."""
+    size: int,
+) -> tuple[Maybe, Maybe, Maybe, Maybe]:
+    """``needs``: which of dinput, dresidual, dweight, dbias to compute; the others are None.
+    Without an activation dresidual is a copy of grad."""
     by_kernel = (needs[0], needs[1] and bool(activation), needs[2], needs[3])
-    dx, dresidual, dweight, dbias = _gradients(input, weight, bias, (False, False, *needs[2:]))
+    dx = dresidual = dweight = dbias = None
     if any(by_kernel):
+        x = _rows(input, size)
         found = recipe(
-            *("backward", input.shape, input.stride(), input.dtype, Device.of(input.device)),
+            *("backward", *_seen(x, size), input.dtype, Device.of(input.device)),
             *(forced(), groups, centred, activation, tuple(activation_args)),
             *(residual is not None, by_kernel),
         )
-        dx = _twin(input, found) if by_kernel[0] else dx
-        dresidual = _twin(input, found) if by_kernel[1] else dresidual
+        dx = _twin(input, found, size) if by_kernel[0] else None
+        dresidual = _twin(input, found, size) if by_kernel[1] else None
+        dweight = torch.empty_like(weight) if needs[2] and weight is not None else None
+        dbias = torch.empty_like(bias) if needs[3] and bias is not None else None
         found.run(
             GroupBackward(
-                dy=dense_like(grad, found.dense),
-                x=_twin(input, found).copy_(input) if found.copies else input,
+                dy=_dense(grad, found, size),
+                x=_twin(x, found, size).copy_(x) if found.copies else x,
                 mean=mean if centred else None,
                 rstd=rstd,
-                residual=None if residual is None else dense_like(residual, found.dense),
+                residual=None if residual is None else _dense(residual, found, size),
                 weight=vector_of(weight),
                 bias=vector_of(bias),
-                dx=dx if needs[0] else None,
-                dresidual=dresidual if by_kernel[1] else None,
-                dweight=dweight if needs[2] else None,
-                dbias=dbias if needs[3] else None,
+                dx=dx,
+                dresidual=dresidual,
+                dweight=dweight,
+                dbias=dbias,
             )
         )
-        dx = _result(dx, input, found) if by_kernel[0] else dx
-        dresidual = _result(dresidual, input, found) if by_kernel[1] else dresidual
+        dx = None if dx is None else _result(dx, input, found)
+        dresidual = None if dresidual is None else _result(dresidual, input, found)
     if needs[1] and not activation:
-        dresidual = torch.empty_like(input).copy_(grad)
+        dresidual = torch.empty_like(input, memory_format=_form(size)).copy_(grad)
     return dx, dresidual, dweight, dbias
-
-
-def _gradients(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, needs: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (
-        torch.empty_like(x) if needs[0] else x.new_empty(0),
-        torch.empty_like(x) if needs[1] else x.new_empty(0),
-        torch.empty_like(weight) if needs[2] and weight is not None else x.new_empty(0),
-        torch.empty_like(bias) if needs[3] and bias is not None else x.new_empty(0),
-    )
 
 
 def _update(
@@ -219,19 +243,27 @@ def _update(
 
 
 implement(_library, "instance_norm_update", _update)
-implement(_library, "group_norm", _forward)
-implement(_library, "group_norm_backward", _backward)
+implement(_library, "group_norm", operator(_forward, 0))
+implement(_library, "group_norm_backward", operator(_backward, 1))
 
 
 @torch.library.register_fake("tritonnorm::group_norm", lib=_library)
-def _(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    groups, centred = args[3:5]
-    return torch.empty_like(input), *_statistics(input, input.shape[0] * groups, centred)
+def _(input: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    groups, centred, size = args[3], args[4], args[-1]
+    y = torch.empty_like(input, memory_format=_form(size))
+    statistics = input.numel() // size if size else input.shape[0] * groups
+    return promised((y, *_statistics(input, statistics, centred)), input)
 
 
 @torch.library.register_fake("tritonnorm::group_norm_backward", lib=_library)
-def _(grad: Tensor, input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _gradients(input, args[1], args[2], args[-1])
+def _(grad: Tensor, input: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    needs, size = args[-2:]
+    likes = (input, input, args[1], args[2])
+    found = [
+        torch.empty_like(t, memory_format=_form(size)) if needed and t is not None else None
+        for t, needed in zip(likes, needs, strict=True)
+    ]
+    return promised(found, input)
 
 
 @torch.library.register_fake("tritonnorm::instance_norm_update", lib=_library)
@@ -239,13 +271,13 @@ def _(*args: Any) -> None:
     return None
 
 
-def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """`group_norm`."""
+def forward(*args: Any) -> tuple[Tensor, Maybe, Tensor]:
+    """`group_norm`. A mean that is not asked for may be None."""
     call = _forward if unwatched(*args[:4]) else torch.ops.tritonnorm.group_norm.default
     return call(*args)
 
 
-def backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`group_norm_backward`."""
+def backward(*args: Any) -> tuple[Maybe, Maybe, Maybe, Maybe]:
+    """`group_norm_backward`. What is not asked for may be None."""
     call = _backward if unwatched(*args[:7]) else torch.ops.tritonnorm.group_norm_backward.default
     return call(*args)
