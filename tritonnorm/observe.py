@@ -59,6 +59,7 @@ class OperatorCall:
     saves: bool = True
     cumulative: bool = False
     vectors: tuple[torch.dtype | None, ...] = (None,) * 5
+    slope: torch.dtype | None = None
 
     @property
     def problem(self) -> Problem | FoldProblem:
@@ -145,7 +146,8 @@ class _Watch(TorchDispatchMode):
 def _call(name: str, args: Sequence[Any]) -> OperatorCall:
     """A call from the operator's arguments; `ops` has the schemas."""
     if name == "batch_norm_backward":
-        _, x, residual, mask, weight, bias, mean, _, batch, activation, parameters, needs = args
+        _, x, residual, mask, weight, bias, mean, _, batch = args[:9]
+        activation, parameters, needs, *slope = args[9:]
         return OperatorCall(
             direction="backward",
             **_of(x, residual is not None or mask is not None, activation, parameters),
@@ -154,22 +156,25 @@ def _call(name: str, args: Sequence[Any]) -> OperatorCall:
             needs=tuple(needs),
             keeps_residual=residual is not None,
             vectors=_dtypes(weight, bias, mean, mean, None),
+            slope=_dtypes(*slope, None)[0],
         )
     x, residual, weight, bias, mean, var = args[:6]
     counter = momentum = None
+    saves = True
     training = name == "batch_norm_training"
     if training:
-        counter, momentum, _, activation, parameters, save_mask = args[6:]
+        counter, momentum, _, activation, parameters, save_mask, *slope = args[6:]
     else:
-        _, activation, parameters, _, save_mask = args[6:]
+        _, activation, parameters, saves, save_mask, *slope = args[6:]
     return OperatorCall(
         direction="forward",
         **_of(x, residual is not None, activation, parameters),
         batch_statistics=training,
         mask=save_mask,
-        saves=training or args[-2],
+        saves=training or saves,
         cumulative=training and momentum is None and counter is not None,
         vectors=_dtypes(weight, bias, mean, var, counter),
+        slope=_dtypes(*slope, None)[0],
     )
 
 

@@ -110,5 +110,6 @@ def _run(call: OperatorCall) -> None:
             cumulative=call.cumulative,
             residual=call.keeps_residual if backward else call.residual,
             needs=call.needs if backward else None,
+            slope=call.slope,
         )
     )

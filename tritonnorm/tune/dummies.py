@@ -28,6 +28,7 @@ def arguments(
     cumulative: bool = False,
     residual: bool | None = None,
     needs: Sequence[bool] | None = None,
+    slope: torch.dtype | None = None,
 ) -> ForwardArguments | BackwardArguments:
     """The arguments of a launch for a problem, as empty tensors on the meta device.
 
@@ -37,7 +38,9 @@ def arguments(
         saves: forward: whether mean and rstd are written for a backward.
         cumulative: forward: whether the momentum is None.
         residual: whether the residual itself is an argument; by default if it is read.
-        needs: backward: which of dx, dresidual, dweight and dbias; by default the problem's.
+        needs: backward: which of dx, dresidual, dweight and dbias (and dslope, with a slope); by
+            default the problem's.
+        slope: dtype of the slope of a prelu, or None.
     """
 
     def of(dtype: torch.dtype | None, there: bool = True) -> Tensor | None:
@@ -56,6 +59,7 @@ def arguments(
             *(of(weight), of(bias), of(mean), of(var), of(counter)),
             momentum=None if cumulative else 0.1,
             eps=1e-5,
+            slope=of(slope),
         )
     if needs is None:
         parameters = problem.needs_dparams
@@ -64,6 +68,7 @@ def arguments(
     return BackwardArguments(
         *(must(x), must(x), must(statistics), must(statistics), z, mask, of(weight), of(bias)),
         *outputs,
+        *(of(slope), of(statistics, len(needs) > 4 and needs[4])),
     )
 
 
