@@ -24,7 +24,8 @@ class Call:
         shape: of the input, ``[N, C, ...]``.
         channels_last: the memory format; needs four or five dimensions.
         dtype: of input and residual. Parameters and statistics are float32 (float64 for float64).
-        activation: a name of `tritonnorm.activation.ACTIVATIONS`, or None.
+        activation: a name of `tritonnorm.activation.ACTIVATIONS`, "prelu" with a slope for each
+            channel and its gradient, or None.
         residual: whether there is one.
         training: statistics of the batch, else the running ones.
         needs: which gradients are asked for: x, r(esidual), w(eight), b(ias); at least one.
@@ -80,7 +81,8 @@ class Call:
         assert view is not None  # dense
         activity: Activity = "none"
         if self.activation is not None:
-            activity = "two_valued" if ACTIVATIONS[self.activation].two_valued else "smooth"
+            known = ACTIVATIONS.get(self.activation)  # not prelu
+            activity = "two_valued" if known is not None and known.two_valued else "smooth"
         mask = self.residual and activity == "two_valued"
         if direction == "forward":
             return Problem(
@@ -91,7 +93,7 @@ class Call:
             *("backward", self.training, view, self.dtype, activity, reads_residual, mask),
             needs_dx="x" in self.needs,
             needs_dresidual=self.residual and "r" in self.needs,
-            needs_dparams="w" in self.needs or "b" in self.needs,
+            needs_dparams="w" in self.needs or "b" in self.needs or self.activation == "prelu",
         )
 
     def tensors(
@@ -123,6 +125,7 @@ class Call:
             running_mean=vector(-1.0, 1.0),
             running_var=vector(0.5, 1.5),
             counter=torch.zeros((), dtype=torch.int64, device=device),
+            slope=vector(-0.5, 0.5).requires_grad_() if self.activation == "prelu" else None,
         )
 
 
@@ -139,6 +142,7 @@ class Tensors:
     running_mean: Tensor
     running_var: Tensor
     counter: Tensor
+    slope: Tensor | None = None
 
     def with_own_statistics(self) -> Tensors:
         """The same tensors, but running statistics and counter that nobody else changes."""
@@ -153,8 +157,8 @@ class Tensors:
 
     @property
     def inputs(self) -> list[Tensor]:
-        """What a gradient is asked for, of x, residual, weight and bias."""
-        all_of_them = (self.x, self.residual, self.weight, self.bias)
+        """What a gradient is asked for, of x, residual, weight, bias and slope."""
+        all_of_them = (self.x, self.residual, self.weight, self.bias, self.slope)
         return [t for t in all_of_them if t is not None and t.requires_grad]
 
     def forward(self, **options: Any) -> Tensor:
@@ -165,6 +169,7 @@ class Tensors:
             activation=self.call.activation,
             residual=self.residual,
             num_batches_tracked=self.counter,
+            slope=self.slope,
             **options,
         )
 

@@ -26,7 +26,8 @@ class Case:
         track: running statistics are given.
         momentum, training: as in `torch.nn.functional.batch_norm`; momentum None is cumulative.
         grad: layout of the upstream gradient.
-        needs: which gradients are asked for: x, r(esidual), w(eight), b(ias).
+        needs: which gradients are asked for: x, r(esidual), w(eight), b(ias), s(lope).
+        slope: of a prelu: "shared" by all channels or one for each "channel".
         mean, std: of the input.
     """
 
@@ -42,7 +43,8 @@ class Case:
     momentum: float | None = 0.1
     training: bool = True
     grad: str = "contiguous"
-    needs: str = "xrwb"
+    needs: str = "xrwbs"
+    slope: str | None = None
     mean: float = 1.0
     std: float = 2.0
 
@@ -219,8 +221,43 @@ OF_NEEDS = [
     for activation in (None, "relu", "silu")
     for layout, training in (("contiguous", True), ("channels_last", False))
 ]
+#: A learned slope: layouts, dtypes, tiny planes, residuals, gradients that are asked for.
+OF_SLOPE = [
+    Case(
+        shape, layout, dtype, parameters, "prelu", slope=slope, residual=residual,
+        training=training,
+    )
+    for i, (shape, layout, dtype, parameters) in enumerate((
+        ((3, 5, 4, 6), "contiguous", torch.float32, None),
+        ((3, 5, 4, 6), "channels_last", torch.float32, None),
+        ((3, 16, 2, 3), "channels_last", torch.bfloat16, torch.float32),
+        ((3, 16, 2, 8), "contiguous", torch.float16, None),
+        ((3, 3, 2, 8), "contiguous", torch.float64, None),
+        ((3, 5, 4, 6), "channel_slice", torch.float32, None),
+        ((3, 5, 4, 6), "crop", torch.float32, None),
+        ((3, 5, 7), "misaligned", torch.float32, None),
+        ((9, 5), "contiguous", torch.float32, None),
+        ((3, 16, 7, 7), "contiguous", torch.bfloat16, torch.float32),
+        ((33, 8, 5, 3), "contiguous", torch.float32, None),
+        ((17, 1), "contiguous", torch.float32, None),
+    ))
+    for training in (True, False)
+    for slope, residual in (
+        (("shared", None), ("channel", "contiguous")),
+        (("channel", None), ("shared", "contiguous")),
+    )[i % 2]
+]  # fmt: skip
+OF_SLOPE += [
+    Case((3, 5, 2, 4), activation="prelu", slope="channel", residual="contiguous", needs=needs,
+         training=training, affine=affine)
+    for needs, affine in (
+        ("s", "both"), ("xs", "none"), ("x", "both"), ("rs", "both"), ("wb", "both"),
+    )
+    for training in (True, False)
+]  # fmt: skip
 CASES = list(dict.fromkeys([
-    *OF_LAYOUT, *OF_DTYPE, *OF_ACTIVATION, *OF_OPTIONS, *OF_SIZE, *OF_COMPANIONS, *OF_NEEDS,
+    *OF_SLOPE, *OF_LAYOUT, *OF_DTYPE, *OF_ACTIVATION, *OF_OPTIONS, *OF_SIZE, *OF_COMPANIONS,
+    *OF_NEEDS,
 ]))  # fmt: skip
 
 Way = tuple[str | None, str]  # algorithm (None: free choice) and tiles

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from tests.cases import LAYOUTS, Case
 from tritonnorm import functional, reference
-from tritonnorm.activation import apply, resolve
+from tritonnorm.activation import apply, resolve_learned
 from tritonnorm.plan import force_plan
 from tritonnorm.problem import View
 
@@ -39,6 +39,7 @@ JUMPS = {
     "relu": (0.0,),
     "relu6": (0.0, 6.0),
     "leaky_relu": (0.0,),
+    "prelu": (0.0,),
     "hardsigmoid": (-3.0, 3.0),
     "hardswish": (-3.0, 3.0),
     "elu": (0.0,),
@@ -57,6 +58,7 @@ class Data:
     running_var: Tensor | None
     counter: Tensor | None
     dy: Tensor
+    slope: Tensor | None = None
 
     def copies(self) -> Data:
         """The same, with running statistics and a counter of its own."""
@@ -67,7 +69,6 @@ class Data:
 def build(case: Case, device: str | torch.device = "cpu") -> Data:
     """Tensors of a case; the values are those of a CPU generator, whatever the device."""
     generator = torch.Generator().manual_seed(len(str(case)))
-    found, _ = resolve(case.activation, case.args)
     c, kind = case.shape[1], case.parameters or case.dtype
 
     def normal(*shape: int) -> Tensor:
@@ -94,10 +95,11 @@ def build(case: Case, device: str | torch.device = "cpu") -> Data:
         *_cpu(x, mean, var, weight, bias), case.training, EPS, residual=_cpu(residual)[0]
     )
     dy = normal(*case.shape)
+    slope = vector(normal(c if case.slope == "channel" else 1), case.slope is not None)
     margin = 4 * torch.finfo(case.dtype).eps * float(v.y.abs().max())
-    for jump in JUMPS.get(found.name if found else "", ()):
+    for jump in JUMPS.get(case.activation or "", ()):
         dy = torch.where((v.y - jump).abs() <= margin, 0.0, dy)
-    return Data(x, residual, weight, bias, mean, var, counter, placed(dy, case.grad))
+    return Data(x, residual, weight, bias, mean, var, counter, placed(dy, case.grad), slope)
 
 
 def _cpu(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -111,7 +113,7 @@ def by_tritonnorm(case: Case, d: Data) -> Tensor:
     return functional.batch_norm(
         d.x, d.running_mean, d.running_var, d.weight, d.bias, case.training, case.momentum, EPS,
         activation=case.activation, activation_args=case.args, residual=d.residual,
-        num_batches_tracked=d.counter,
+        num_batches_tracked=d.counter, slope=d.slope,
     )  # fmt: skip
 
 
@@ -124,13 +126,14 @@ def by_torch(case: Case, d: Data) -> Tensor:
     y = F.batch_norm(
         d.x, d.running_mean, d.running_var, d.weight, d.bias, case.training, momentum or 0.0, EPS
     )
-    return apply(*resolve(case.activation, case.args), y if d.residual is None else y + d.residual)
+    found = resolve_learned(case.activation, case.args, d.slope, case.shape[1])
+    return apply(*found, y if d.residual is None else y + d.residual, d.slope)
 
 
 def results(function: Function, case: Case, data: Data, gradients: bool) -> dict[str, Tensor]:
     """Output, running statistics and (with ``gradients``) the gradients of one call."""
     d = data.copies()
-    leaves = {"x": "x", "residual": "r", "weight": "w", "bias": "b"}
+    leaves = {"x": "x", "residual": "r", "weight": "w", "bias": "b", "slope": "s"}
     asked = {n: getattr(d, n) for n, short in leaves.items() if short in case.needs}
     asked = {
         n: t.detach().requires_grad_() for n, t in asked.items() if gradients and t is not None
@@ -150,10 +153,12 @@ def expected(case: Case, data: Data) -> dict[str, tuple[Tensor, float]]:
     """What the specification says, each with the slack described at the top of this file."""
     x, residual, weight, bias, dy = _cpu(data.x, data.residual, data.weight, data.bias, data.dy)
     old = _cpu(data.running_mean, data.running_var)
+    slope = _cpu(data.slope)[0]
     common: dict[str, Any] = {
         "activation": case.activation,
         "activation_args": case.args,
         "residual": residual,
+        "slope": slope,
     }
     f = reference.forward(x, *old, weight, bias, case.training, EPS, **common)
     b = reference.backward(dy, x, f.mean, f.var, weight, bias, case.training, EPS, **common)
@@ -166,7 +171,7 @@ def expected(case: Case, data: Data) -> dict[str, tuple[Tensor, float]]:
     terms = normal + reference.channels(f.mean.abs() * rstd, x)
     size_v = float((terms * reference.channels(scale / rstd, x)).max())
     size_v += sum(float(t.abs().max()) for t in (bias, residual) if t is not None)
-    found, _ = resolve(case.activation, case.args)
+    found, _ = resolve_learned(case.activation, case.args, slope, x.shape[1])
     smooth = found is not None and not found.two_valued
     g = dy.abs() * (1.0 + size_v if smooth else 1.0)
     size_g = float(g.max())
@@ -184,6 +189,9 @@ def expected(case: Case, data: Data) -> dict[str, tuple[Tensor, float]]:
         "dweight": b.dweight,
         "dbias": b.dbias,
     }
+    if slope is not None and b.dslope is not None:
+        tensors["dslope"] = b.dslope
+        size["dslope"] = float(g.sum() if slope.numel() == 1 else g.sum(axes).max())
     if old[0] is not None and old[1] is not None:
         new = (old[0], old[1])
         if case.training:

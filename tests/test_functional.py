@@ -55,7 +55,9 @@ def test_signature_begins_as_torchs() -> None:
         assert ours[name].default == parameter.default
         assert ours[name].kind == parameter.kind
     added = list(ours)[len(torchs) :]
-    assert added == ["activation", "activation_args", "residual", "num_batches_tracked"]
+    assert added == [
+        *("activation", "activation_args", "residual", "num_batches_tracked", "slope"),
+    ]
     assert all(ours[name].kind == inspect.Parameter.KEYWORD_ONLY for name in added)
 
 

@@ -96,12 +96,19 @@ ACTIVATIONS: list[tuple[str, Any]] = [
     ("elu", lambda m, x: F.elu(m.b(x), 0.5)),
     ("mish", lambda m, x: F.mish(m.b(x))),
     ("softplus", lambda m, x: F.softplus(m.b(x), 2.0)),
+    ("prelu", lambda m, x: m.p(m.b(x))),
+    ("prelu", lambda m, x: m.p(m.same(m.b(m.c(x))))),
+    ("prelu", lambda m, x: F.prelu(m.b(x), m.p.weight)),
+    ("prelu", lambda m, x: F.prelu(m.b(x), weight=m.p.weight)),
+    ("prelu", lambda m, x: torch.prelu(m.b(x), m.p.weight)),
+    ("prelu", lambda m, x: m.b(x).prelu(m.p.weight)),
 ]
 
 
 @pytest.mark.parametrize(("name", "run"), ACTIVATIONS)
 def test_activations(name: str, run: Callable[..., Tensor]) -> None:
-    model = Net(run, b=bn(4), c=conv(4, 4), a=nn.ReLU(inplace=True), same=nn.Identity())
+    parts = {"a": nn.ReLU(inplace=True), "p": nn.PReLU(4), "same": nn.Identity()}
+    model = Net(run, b=bn(4), c=conv(4, 4), **parts)
     assert rules(model, example_inputs=image()) == {"b": f"bn -> {name}"}
 
 
@@ -114,6 +121,8 @@ MODULES = [
     nn.Hardtanh(0.0, 6.0),
     nn.ELU(0.5),
     nn.Softplus(2.0),
+    nn.PReLU(),
+    nn.PReLU(4),
 ]
 
 

@@ -67,6 +67,10 @@ ACTIVATIONS: dict[str, Activation] = {
     )
 }
 
+PRELU = Activation("prelu", F.prelu, nn.PReLU)
+"""Its parameter is a tensor, the slope: `functional.batch_norm` takes it, and `replace` passes it.
+All that names an activation alone takes one of `ACTIVATIONS`."""
+
 _NONE = (None, "none", "identity")
 
 
@@ -90,6 +94,12 @@ def resolve(
             )
         return None, ()
     found = ACTIVATIONS.get(activation) if isinstance(activation, str) else None
+    if activation == PRELU.name:
+        raise ValueError(
+            "activation: the slope of a prelu is learned; expected one of "
+            f"{', '.join(sorted(ACTIVATIONS))}, or the function "
+            "tritonnorm.functional.batch_norm(..., activation='prelu', slope=...)"
+        )
     if found is None:
         raise ValueError(
             f"activation: expected None or one of {', '.join(sorted(ACTIVATIONS))}; "
@@ -139,6 +149,45 @@ def of_module(module: nn.Module) -> tuple[str | None, tuple[float, ...]] | None:
     return name, tuple(float(getattr(module, a)) for a in attributes)
 
 
-def apply(activation: Activation | None, args: Sequence[float], x: Tensor) -> Tensor:
-    """The activation of `x` by PyTorch's own implementation."""
+def resolve_learned(
+    activation: str | None, activation_args: Sequence[float], slope: Tensor | None, channels: int
+) -> tuple[Activation | None, tuple[float, ...]]:
+    """`resolve` where a prelu is possible, too.
+
+    Its parameter for the kernels is the distance of the slopes of neighbouring channels: 1.0, or
+    0.0 if they share one.
+
+    Args:
+        activation, activation_args: as in `resolve`; "prelu" has no numbers.
+        slope: of a prelu, floating-point of one or C elements; None for all other activations.
+        channels: C.
+
+    Raises:
+        ValueError: as `resolve`; a slope is missing, too much, or of another kind.
+    """
+    if activation != PRELU.name:
+        if slope is not None:
+            raise ValueError(
+                f"slope: expected None unless activation is 'prelu', got a {slope.dtype} tensor"
+            )
+        return resolve(activation, activation_args)
+    if len(activation_args):
+        raise ValueError(f"activation_args: expected none for prelu, got {tuple(activation_args)}")
+    if not isinstance(slope, Tensor):
+        raise ValueError(f"slope: expected a tensor for prelu, got {slope!r}")
+    if not slope.is_floating_point():
+        raise ValueError(f"slope: expected a floating-point dtype, got {slope.dtype}")
+    if slope.dim() > 1 or slope.numel() not in (1, channels):
+        raise ValueError(
+            f"slope: expected 1 or {channels} elements in one dimension, got {tuple(slope.shape)}"
+        )
+    return PRELU, (float(slope.numel() == channels),)
+
+
+def apply(
+    activation: Activation | None, args: Sequence[float], x: Tensor, slope: Tensor | None = None
+) -> Tensor:
+    """The activation of `x` by PyTorch's own implementation; a slope is brought to its dtype."""
+    if slope is not None:
+        return F.prelu(x, slope.to(x.dtype))
     return x if activation is None else activation.function(x, *args)

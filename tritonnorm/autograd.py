@@ -37,42 +37,46 @@ class BatchNormFunction(torch.autograd.Function):
         eps: float,
         activation: str,
         activation_args: tuple[float, ...],
+        slope: Tensor | None,
     ) -> Tensor:
+        learned = () if slope is None else (slope,)
         save_mask = residual is not None and activity(activation) == "two_valued"
         if batch_statistics:
             y, mean, rstd, mask = ops.training(
                 x, residual, weight, bias, running_mean, running_var, counter,
-                momentum, eps, activation, activation_args, save_mask,
+                momentum, eps, activation, activation_args, save_mask, *learned,
             )  # fmt: skip
         else:
             y, mean, rstd, mask = ops.inference(
                 x, residual, weight, bias, running_mean, running_var,
-                eps, activation, activation_args, True, save_mask,
+                eps, activation, activation_args, True, save_mask, *learned,
             )  # fmt: skip
         kept = residual if residual is not None and activity(activation) == "smooth" else None
-        ctx.save_for_backward(x, kept, mask if save_mask else None, weight, bias, mean, rstd)
+        saved = (x, kept, mask if save_mask else None, weight, bias, mean, rstd)
+        ctx.save_for_backward(*saved, *learned)
         ctx.options = (batch_statistics, eps, activation, activation_args)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, residual, mask, weight, bias, mean, rstd = ctx.saved_tensors
+        x, residual, mask, weight, bias, mean, rstd, *learned = ctx.saved_tensors
         batch_statistics, _, activation, activation_args = ctx.options
         needs = [
             ctx.needs_input_grad[0],
             ctx.needs_input_grad[1],
             weight is not None and ctx.needs_input_grad[2],
             bias is not None and ctx.needs_input_grad[3],
+            *([ctx.needs_input_grad[12]] if learned else []),
         ]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             found = _differentiable_backward(ctx, grads[0], needs)
         else:
             found = ops.backward(
                 grads[0], x, residual, mask, weight, bias, mean, rstd,
-                batch_statistics, activation, activation_args, needs,
+                batch_statistics, activation, activation_args, needs, *learned,
             )  # fmt: skip
-        gradients = [g if needed else None for g, needed in zip(found, needs, strict=True)]
-        return (*gradients, *(None,) * 8)
+        gradients = [g if needed else None for g, needed in zip(found, needs, strict=False)]
+        return (*gradients[:4], *(None,) * 8, gradients[4] if learned else None)
 
 
 _apply = super(torch.autograd.Function, BatchNormFunction).apply
@@ -82,7 +86,7 @@ def _differentiable_backward(
     ctx: Any, dy: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """The backward as PyTorch operations, so that it has derivatives itself."""
-    x, residual, mask, weight, bias, mean, rstd = ctx.saved_tensors
+    x, residual, mask, weight, bias, mean, rstd, *learned = ctx.saved_tensors
     batch_statistics, eps, activation, activation_args = ctx.options
     wide = torch.promote_types(x.dtype, mean.dtype)
     x_, dy_ = x.to(wide), dy.to(wide)
@@ -97,6 +101,9 @@ def _differentiable_backward(
         assert slopes is not None
         through, shut = slopes(*activation_args)
         g = torch.where(unpack_mask(mask, x), dy_ * through, dy_ * shut)
+    elif learned:
+        leak = learned[0].to(wide).reshape(-1)
+        g = torch.where(v > 0, dy_, dy_ * reference.channels(leak, v))
     elif activation:
         y = ACTIVATIONS[activation].function(v, *activation_args)
         (g,) = torch.autograd.grad(y, v, dy_, create_graph=True)
@@ -109,7 +116,12 @@ def _differentiable_backward(
     dx = next(found) if needs[0] else None
     dweight = next(found) if needs[2] else None
     dbias = next(found) if needs[3] else None
-    return dx, g.to(x.dtype) if needs[1] else None, dweight, dbias
+    dslope = None
+    if learned and needs[4]:
+        terms = torch.where(v > 0, 0.0, dy_ * v)
+        axes = [d for d in range(v.dim()) if d != 1 or learned[0].numel() == 1]
+        dslope = terms.sum(axes).reshape(learned[0].shape).to(learned[0].dtype)
+    return dx, g.to(x.dtype) if needs[1] else None, dweight, dbias, dslope
 
 
 def batch_norm(
@@ -125,6 +137,7 @@ def batch_norm(
     eps: float,
     activation: str,
     activation_args: tuple[float, ...],
+    slope: Tensor | None = None,
 ) -> Tensor:
     """The operator that the call needs: with autograd if a gradient can be asked for, else
     without."""
@@ -133,19 +146,21 @@ def batch_norm(
         or (weight is not None and weight.requires_grad)
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
+        or (slope is not None and slope.requires_grad)
     ):
         # Without torch.func, which `functional` keeps away, the method in C is all of `apply`.
         apply = BatchNormFunction.apply if torch.compiler.is_compiling() else _apply
         return apply(
             x, residual, weight, bias, running_mean, running_var, counter,
-            batch_statistics, momentum, eps, activation, activation_args,
+            batch_statistics, momentum, eps, activation, activation_args, slope,
         )  # fmt: skip
+    learned = () if slope is None else (slope,)
     if batch_statistics:
         return ops.training(
             x, residual, weight, bias, running_mean, running_var, counter,
-            momentum, eps, activation, activation_args, False,
+            momentum, eps, activation, activation_args, False, *learned,
         )[0]  # fmt: skip
     return ops.inference(
         x, residual, weight, bias, running_mean, running_var,
-        eps, activation, activation_args, False, False,
+        eps, activation, activation_args, False, False, *learned,
     )[0]  # fmt: skip

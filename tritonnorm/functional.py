@@ -44,6 +44,7 @@ def batch_norm(
     activation_args: Sequence[float] = (),
     residual: Tensor | None = None,
     num_batches_tracked: Tensor | None = None,
+    slope: Tensor | None = None,
 ) -> Tensor:
     """``activation(batch_norm(input) + residual)``, in one pass over the data where it fits.
 
@@ -62,11 +63,13 @@ def batch_norm(
         momentum: weight of this batch in the running statistics; None weighs all batches equally
             and needs ``num_batches_tracked``.
         eps: added to the variance.
-        activation: a name of `tritonnorm.activation.ACTIVATIONS`, or None.
+        activation: a name of `tritonnorm.activation.ACTIVATIONS`, "prelu", or None.
         activation_args: its parameters, as in `torch.nn.functional` (``negative_slope``, ``alpha``,
             ...).
         residual: added before the activation; shape, dtype and device of ``input``.
         num_batches_tracked: int64 scalar, incremented in place if training.
+        slope: ``[C]`` or ``[1]``, the learned slope below zero of "prelu" (He et al., 2015), which
+            gets a gradient; the dtype of ``input`` or float32. None for other activations.
 
     Returns:
         A tensor of the shape, dtype and memory format of ``input``.
@@ -76,7 +79,7 @@ def batch_norm(
         RuntimeError: a C-vector of the wrong length, or no running statistics when not training;
             the type is PyTorch's own.
     """
-    tensors = (input, running_mean, running_var, weight, bias, residual, num_batches_tracked)
+    tensors = (input, running_mean, running_var, weight, bias, residual, num_batches_tracked, slope)
     seen = overridden(tensors)  # first: a tracer would record that it was looked at
     key = None
     if seen is None and not torch.compiler.is_compiling():
@@ -84,26 +87,29 @@ def batch_norm(
         key = call_key(tensors, activation, activation_args, options)
     accepted = None if key is None else _accepted.get(key)
     if accepted is None or surroundings(input):
-        act, act_args = activations.resolve(activation, activation_args)
+        channels = input.shape[1] if slope is not None and input.dim() > 1 else 0
+        act, act_args = activations.resolve_learned(activation, activation_args, slope, channels)
         reason = seen
         if reason is None:
             _check(
                 input, running_mean, running_var, weight, bias, training, momentum, eps, residual,
                 num_batches_tracked,
             )  # fmt: skip
-            reason = surroundings(input) or _unsupported(*tensors[:5])
+            if slope is not None:
+                check_device("slope", slope, input)
+            reason = surroundings(input) or _unsupported(*tensors[:5], slope)
         if reason is not None:
             log_once("batch_norm", reason)
             return _by_torch(
                 input, running_mean, running_var, weight, bias, training, momentum, eps, act,
-                act_args, residual, num_batches_tracked,
+                act_args, residual, num_batches_tracked, slope,
             )  # fmt: skip
         accepted = act.name if act else "", act_args
         if key is not None:
             _accepted.put(key, accepted)
     return _autograd().batch_norm(
         input, residual, weight, bias, running_mean, running_var,
-        num_batches_tracked if training else None, training, momentum, eps, *accepted,
+        num_batches_tracked if training else None, training, momentum, eps, *accepted, slope,
     )  # fmt: skip
 
 
@@ -190,10 +196,12 @@ def _unsupported(
     running_var: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
+    slope: Tensor | None = None,
 ) -> str | None:
     """Why the kernels cannot compute this kind of tensors, or None."""
     running = (("running_mean", running_mean), ("running_var", running_var))
-    reason = unsupported(input, (("weight", weight), ("bias", bias), *running))
+    vectors = (("weight", weight), ("bias", bias), ("slope", slope), *running)
+    reason = unsupported(input, vectors)
     for name, vector in running:
         if reason is None and vector is not None and not vector.is_contiguous():
             return f"{name} is not contiguous"  # it is updated in place
@@ -224,6 +232,7 @@ def _by_torch(
     act_args: Sequence[float],
     residual: Tensor | None,
     num_batches_tracked: Tensor | None,
+    slope: Tensor | None,
 ) -> Tensor:
     """PyTorch's batch norm, then the same epilogue."""
     if training and num_batches_tracked is not None:
@@ -236,4 +245,4 @@ def _by_torch(
     )  # fmt: skip
     if residual is not None:
         y = y + residual
-    return activations.apply(act, act_args, y)
+    return activations.apply(act, act_args, y, slope)

@@ -73,6 +73,7 @@ class _FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         residual: Tensor | None,
         activation: str | None,
         activation_args: tuple[float, ...],
+        slope: Tensor | None = None,
     ) -> Tensor:
         """`forward` with an activation that is given, not that of the module."""
         if not has_torch_function((input,)):
@@ -97,6 +98,7 @@ class _FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             activation_args=activation_args,
             residual=residual,
             num_batches_tracked=counter,
+            slope=slope,
         )
 
     def _tensors(self) -> tuple[Tensor | None, ...]:

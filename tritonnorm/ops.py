@@ -25,29 +25,32 @@ from .recipe import recipe, view_of
 
 Maybe = Tensor | None  # None is not asked for
 Outputs = tuple[Tensor, Maybe, Maybe, Maybe]  # y, mean, rstd, mask
-Gradients = tuple[Maybe, Maybe, Maybe, Maybe]  # dinput, dresidual, dweight, dbias
+# dinput, dresidual, dweight, dbias, dslope
+Gradients = tuple[Maybe, Maybe, Maybe, Maybe, Maybe]
 
 _library = torch.library.Library("tritonnorm", "DEF")
 _tags = (torch.Tag.pt2_compliant_tag,)
 _library.define(
     "batch_norm_training(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, "
     "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, "
-    "float? momentum, float eps, str activation, float[] activation_args, bool save_mask) "
+    "float? momentum, float eps, str activation, float[] activation_args, bool save_mask, "
+    "Tensor? slope=None) "
     "-> (Tensor output, Tensor mean, Tensor rstd, Tensor mask)",
     tags=_tags,
 )
 _library.define(
     "batch_norm_inference(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, "
     "Tensor running_mean, Tensor running_var, "
-    "float eps, str activation, float[] activation_args, bool save_statistics, bool save_mask) "
+    "float eps, str activation, float[] activation_args, bool save_statistics, bool save_mask, "
+    "Tensor? slope=None) "
     "-> (Tensor output, Tensor mean, Tensor rstd, Tensor mask)",
     tags=_tags,
 )
 _library.define(
     "batch_norm_backward(Tensor grad, Tensor input, Tensor? residual, Tensor? mask, "
     "Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, bool batch_statistics, "
-    "str activation, float[] activation_args, bool[] needs) "
-    "-> (Tensor dinput, Tensor dresidual, Tensor dweight, Tensor dbias)",
+    "str activation, float[] activation_args, bool[] needs, Tensor? slope=None) "
+    "-> (Tensor dinput, Tensor dresidual, Tensor dweight, Tensor dbias, Tensor dslope)",
     tags=_tags,
 )
 
@@ -81,6 +84,7 @@ def _forward(
     batch_statistics: bool,
     save_statistics: bool,
     save_mask: bool,
+    slope: Tensor | None,
 ) -> Outputs:
     y = torch.empty_like(x)
     found = recipe(
@@ -103,6 +107,7 @@ def _forward(
             counter=counter,
             momentum=momentum,
             eps=eps,
+            slope=vector_of(slope),
         )
     )
     return y, mean, rstd, mask
@@ -138,12 +143,13 @@ def _training(
     activation: str,
     activation_args: Sequence[float],
     save_mask: bool,
+    slope: Tensor | None = None,
 ) -> Outputs:
     changed = [t for t in (running_mean, running_var, num_batches_tracked) if t is not None]
     torch.autograd.graph.increment_version(changed)
     return _forward(
         input, residual, weight, bias, running_mean, running_var, num_batches_tracked,
-        momentum, eps, activation, activation_args, True, True, save_mask,
+        momentum, eps, activation, activation_args, True, True, save_mask, slope,
     )  # fmt: skip
 
 
@@ -159,10 +165,11 @@ def _inference(
     activation_args: Sequence[float],
     save_statistics: bool,
     save_mask: bool,
+    slope: Tensor | None = None,
 ) -> Outputs:
     return _forward(
         input, residual, weight, bias, vector_of(running_mean), vector_of(running_var), None,
-        0.0, eps, activation, activation_args, False, save_statistics, save_mask,
+        0.0, eps, activation, activation_args, False, save_statistics, save_mask, slope,
     )  # fmt: skip
 
 
@@ -179,14 +186,20 @@ def _backward(
     activation: str,
     activation_args: Sequence[float],
     needs: Sequence[bool],
+    slope: Tensor | None = None,
 ) -> Gradients:
-    """``needs``: which of dinput, dresidual, dweight, dbias to compute; the others are None."""
+    """``needs``: which of dinput, dresidual, dweight, dbias (and, with a slope, dslope) to compute;
+    the others are None."""
     found = recipe(
         *("backward", input.shape, input.stride(), input.dtype, Device.of(input.device), forced()),
         *(batch_statistics, activation, tuple(activation_args)),
         *(residual is not None or mask is not None, mask is not None, tuple(needs)),
     )
-    outputs = dx, dresidual, dweight, dbias = _gradients(input, weight, bias, needs)
+    outputs = _gradients(input, weight, bias, needs)
+    dx, dresidual, dweight, dbias = outputs
+    dslope = None
+    if slope is not None and needs[4]:
+        dslope = torch.empty_like(mean)
     found.run(
         BackwardArguments(
             dy=dense_like(grad, found.dense),
@@ -201,14 +214,19 @@ def _backward(
             dresidual=dresidual,
             dweight=dweight,
             dbias=dbias,
+            slope=vector_of(slope),
+            dslope=dslope,
         )
     )
-    return outputs
+    if slope is not None and dslope is not None:
+        dslope = dslope if slope.numel() == dslope.numel() else dslope.sum()
+        dslope = dslope.to(slope.dtype).reshape(slope.shape)
+    return *outputs, dslope
 
 
 def _gradients(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, needs: Sequence[bool]
-) -> Gradients:
+) -> tuple[Maybe, Maybe, Maybe, Maybe]:
     return (
         torch.empty_like(x) if needs[0] else None,
         torch.empty_like(x) if needs[1] else None,
@@ -248,18 +266,19 @@ for _name, _implementation in (
 
 @torch.library.register_fake("tritonnorm::batch_norm_training", lib=_library)
 def _(input: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    return promised(_fake_forward(input, True, args[-1]), input)
+    return promised(_fake_forward(input, True, args[10]), input)
 
 
 @torch.library.register_fake("tritonnorm::batch_norm_inference", lib=_library)
 def _(input: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    return promised(_fake_forward(input, args[-2], args[-1]), input)
+    return promised(_fake_forward(input, args[8], args[9]), input)
 
 
 @torch.library.register_fake("tritonnorm::batch_norm_backward", lib=_library)
 def _(grad: Tensor, input: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    weight, bias, needs = args[2], args[3], args[-1]
-    return promised(_gradients(input, weight, bias, needs), input)
+    weight, bias, needs, slope = args[2], args[3], args[9], (*args[10:], None)[0]
+    dslope = torch.empty_like(slope) if slope is not None and needs[4] else None
+    return promised((*_gradients(input, weight, bias, needs), dslope), input)
 
 
 def unwatched(*tensors: Tensor | None) -> bool:
@@ -280,19 +299,31 @@ _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
 def training(*args: Any) -> Outputs:
     """`batch_norm_training`. A mask that is not asked for may be None."""
-    call = _training if unwatched(*args[:7]) else torch.ops.tritonnorm.batch_norm_training.default
+    call = (
+        _training
+        if unwatched(*args[:7], *args[12:])
+        else torch.ops.tritonnorm.batch_norm_training.default
+    )
     return call(*args)
 
 
 def inference(*args: Any) -> Outputs:
     """`batch_norm_inference`. What is not asked for may be None."""
-    call = _inference if unwatched(*args[:6]) else torch.ops.tritonnorm.batch_norm_inference.default
+    call = (
+        _inference
+        if unwatched(*args[:6], *args[11:])
+        else torch.ops.tritonnorm.batch_norm_inference.default
+    )
     return call(*args)
 
 
 def backward(*args: Any) -> Gradients:
     """`batch_norm_backward`. What is not asked for may be None."""
-    call = _backward if unwatched(*args[:8]) else torch.ops.tritonnorm.batch_norm_backward.default
+    call = (
+        _backward
+        if unwatched(*args[:8], *args[12:])
+        else torch.ops.tritonnorm.batch_norm_backward.default
+    )
     return call(*args)
 
 

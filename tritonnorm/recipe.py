@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from . import settings
-from .activation import ACTIVATIONS
+from .activation import ACTIVATIONS, PRELU
 from .device import INTERPRETER, Device
 from .kernels.base import EpilogueArguments, made_for
 from .norms.problem import GroupProblem
@@ -25,9 +25,14 @@ from .tune.standing import SEEN
 
 
 def activity(activation: str) -> Activity:
-    """The kind of an activation by name; "" is none."""
+    """The kind of an activation by name; "" is none.
+
+    A prelu is smooth to a plan: its slope needs the pre-activation and not only its sign.
+    """
     if not activation:
         return "none"
+    if activation == PRELU.name:
+        return "smooth"
     return "two_valued" if ACTIVATIONS[activation].two_valued else "smooth"
 
 
@@ -78,9 +83,9 @@ def described(
     kind = activity(activation)
     problem = Problem(direction, batch_statistics, view, dtype, kind, residual, mask)
     if direction == "backward":
-        dx, dresidual, dweight, dbias = needs
+        dx, dresidual, *dparams = needs
         problem = replace(
-            problem, needs_dx=dx, needs_dresidual=dresidual, needs_dparams=dweight or dbias
+            problem, needs_dx=dx, needs_dresidual=dresidual, needs_dparams=any(dparams)
         )
     return problem, dense, copies
 

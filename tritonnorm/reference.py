@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .activation import Activation, resolve
+from .activation import Activation, resolve_learned
 
 # PyTorch's CPU gradient of hardsigmoid has 1/6 in float32 precision, in float64 too.
 EXACT: dict[str, Callable[..., Tensor]] = {
@@ -21,8 +21,12 @@ EXACT: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def apply(activation: Activation | None, args: Sequence[float], x: Tensor) -> Tensor:
+def apply(
+    activation: Activation | None, args: Sequence[float], x: Tensor, slope: Tensor | None = None
+) -> Tensor:
     """The activation of `x`, exact in float64 forward and backward."""
+    if slope is not None:
+        return torch.where(x > 0, x, x * channels(slope.reshape(-1), x))
     return x if activation is None else EXACT.get(activation.name, activation.function)(x, *args)
 
 
@@ -37,12 +41,13 @@ class Forward:
 
 @dataclass(frozen=True)
 class Backward:
-    """Result of `backward`: gradients with respect to input, residual, weight and bias."""
+    """Result of `backward`: gradients with respect to input, residual, weight, bias and slope."""
 
     dx: Tensor
     dresidual: Tensor
     dweight: Tensor
     dbias: Tensor
+    dslope: Tensor | None = None
 
 
 def channels(v: Tensor, like: Tensor) -> Tensor:
@@ -91,6 +96,7 @@ def forward(
     activation_args: Sequence[float] = (),
     residual: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
+    slope: Tensor | None = None,
 ) -> Forward:
     """Batch norm of ``x [N, C, ...]``; statistics of the batch if training, else the running ones.
 
@@ -103,9 +109,9 @@ def forward(
         if running_mean is None or running_var is None:
             raise ValueError("running_mean, running_var: must be given when training=False")
         mean, var = running_mean.to(dtype), running_var.to(dtype)
-    w, b, z = (None if t is None else t.to(dtype) for t in (weight, bias, residual))
-    found, args = resolve(activation, activation_args)
-    return Forward(apply(found, args, pre_activation(x, mean, var, w, b, z, eps)), mean, var)
+    w, b, z, s = (None if t is None else t.to(dtype) for t in (weight, bias, residual, slope))
+    found, args = resolve_learned(activation, activation_args, slope, x.shape[1])
+    return Forward(apply(found, args, pre_activation(x, mean, var, w, b, z, eps), s), mean, var)
 
 
 def backward(
@@ -121,20 +127,21 @@ def backward(
     activation_args: Sequence[float] = (),
     residual: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
+    slope: Tensor | None = None,
 ) -> Backward:
     """Gradients of `forward` for the upstream gradient ``dy``; ``mean`` and ``var`` are those it
     used.
 
     With g the gradient at the pre-activation, n values per channel and r = 1 / sqrt(var + eps):
-    dbias = sum g, dweight = r sum g (x - mean), and in training
+    dbias = sum g, dweight = r sum g (x - mean), dslope = sum dy min(v, 0), and in training
     dx = weight r (g - dbias / n - (x - mean) r dweight / n).
     """
     dy, x, mean, var = (t.to(dtype) for t in (dy, x, mean, var))
-    w, b, z = (None if t is None else t.to(dtype) for t in (weight, bias, residual))
-    found, args = resolve(activation, activation_args)
+    w, b, z, s = (None if t is None else t.to(dtype) for t in (weight, bias, residual, slope))
+    found, args = resolve_learned(activation, activation_args, slope, x.shape[1])
     with torch.enable_grad():
         v = pre_activation(x, mean, var, w, b, z, eps).detach().requires_grad_()
-        (g,) = torch.autograd.grad(apply(found, args, v), v, dy) if found else (dy,)
+        (g,) = torch.autograd.grad(apply(found, args, v, s), v, dy) if found else (dy,)
     r = torch.rsqrt(var + eps)
     centred = x - channels(mean, x)
     dbias = g.sum(_positions(x))
@@ -144,7 +151,11 @@ def backward(
         n = x.numel() // x.shape[1]
         dx = g - channels(dbias / n, x) - centred * channels(r * dweight / n, x)
     scale = r if weight is None else r * weight.to(dtype)
-    return Backward(dx * channels(scale, x), g, dweight, dbias)
+    dslope = None
+    if slope is not None:
+        axes = _positions(x) if slope.numel() == x.shape[1] else list(range(x.dim()))
+        dslope = (dy * v.detach().clamp(max=0.0)).sum(axes).reshape(slope.shape)
+    return Backward(dx * channels(scale, x), g, dweight, dbias, dslope)
 
 
 def updated_running(

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from tritonnorm import activation as activations
-from tritonnorm.activation import ACTIVATIONS
+from tritonnorm.activation import ACTIVATIONS, PRELU
 from tritonnorm.fusing.watch import Unwatched, freeze
 
 ModuleOf = Callable[[fx.Node], nn.Module]
-Activation = tuple[str, tuple[float, ...]]
+# Name and parameters; of a prelu the path of its slope.
+Activation = tuple[str, tuple[float | str, ...]]
 
 # Functions and methods: the name, and the names of parameters with their defaults.
 _PLAIN = {name: known.defaults for name, known in ACTIVATIONS.items() if name != "gelu_tanh"}
@@ -39,6 +40,8 @@ def activation(value: fx.Node, module_of: ModuleOf) -> tuple[Activation, list[fx
 
 
 def _single(value: fx.Node, user: fx.Node, module_of: ModuleOf) -> Activation | None:
+    if slope := _slope(value, user, module_of):
+        return PRELU.name, (slope,)
     if not user.args or user.args[0] is not value or user.all_input_nodes != [value]:
         return None
     if user.op == "call_module":
@@ -69,6 +72,21 @@ def _single(value: fx.Node, user: fx.Node, module_of: ModuleOf) -> Activation | 
     if arguments:
         return None
     return name, tuple(found)
+
+
+def _slope(value: fx.Node, user: fx.Node, module_of: ModuleOf) -> str | None:
+    """The path of the slope of a prelu: a parameter or buffer, which every call reads."""
+    if user.op == "call_module":
+        plain = type(module_of(user)) is nn.PReLU and user.args == (value,) and not user.kwargs
+        return f"{user.target}.weight" if plain else None
+    called = ("call_function", F.prelu), ("call_method", "prelu")
+    if (user.op, user.target) not in called or not user.args or user.args[0] is not value:
+        return None
+    given = [*user.args[1:], *user.kwargs.values()]
+    if len(given) != 1 or not {"weight"}.issuperset(user.kwargs):
+        return None
+    (slope,) = given
+    return str(slope.target) if isinstance(slope, fx.Node) and slope.op == "get_attr" else None
 
 
 def of_module(module: nn.Module) -> Activation | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from tritonnorm.activation import PRELU
 from tritonnorm.fusing.activations import settings_of
 from tritonnorm.fusing.arguments import Arguments
 from tritonnorm.fusing.forward import FusedForward, Imported, fused, fused_add
@@ -84,15 +85,20 @@ def _rewritten(graph: fx.Graph, sites: list[Site]) -> fx.Graph:
         norm, last = new[site.norm], new[site.last]
         with copy.inserting_before(new[site.anchor]):
             bn, x = copy.create_node("get_attr", str(norm.target)), norm.args[0]
+            slope: tuple[fx.Node, ...] = ()
+            if name == PRELU.name:
+                slope, args = (copy.create_node("get_attr", str(args[0])),), ()
             if site.add is None or site.residual is None:
-                call = copy.call_function(fused, (bn, x, name, args))
+                call = copy.call_function(fused, (bn, x, name, args, *slope))
             else:
-                residual = new[site.residual]
-                call = copy.call_function(fused_add, (bn, x, residual, name, args, *site.add))
+                given = (bn, x, new[site.residual], name, args, *site.add, *slope)
+                call = copy.call_function(fused_add, given)
         last.replace_all_uses_with(call)
         for node in (*site.drop, site.norm):
             copy.erase_node(new[node])
         new[site.last] = call  # a later site may have it as its residual
+    for node in [n for n in copy.nodes if n.op == "get_attr" and not n.users]:
+        copy.erase_node(node)  # the slope of a call of F.prelu
     copy.lint()
     return copy
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as _torch_module
 from torch.overrides import has_torch_function
@@ -26,9 +27,37 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 _GLOBAL = tuple(f"_global{name}" for name in HOOKS)
 
 
-def fused(bn: Any, x: Tensor, activation: str | None, args: tuple[float, ...]) -> Tensor:
-    """``activation(bn(x))``; shapes as in `tritonnorm.BatchNorm2d`."""
-    return bn.run(x, None, activation, args)
+def fused(
+    bn: Any,
+    x: Tensor,
+    activation: str | None,
+    args: tuple[float, ...],
+    slope: Tensor | None = None,
+) -> Tensor:
+    """``activation(bn(x))``; shapes as in `tritonnorm.BatchNorm2d`.
+
+    A prelu has a slope ``[1]`` or ``[C]``. Where it cannot be part of the call, PyTorch's prelu
+    follows.
+    """
+    if slope is None:
+        return bn.run(x, None, activation, args)
+    if fits(x, slope):
+        return bn.run(x, None, activation, args, slope)
+    return F.prelu(bn.run(x, None, None, ()), slope)
+
+
+def fits(x: Tensor, slope: Tensor) -> bool:
+    """Whether PyTorch's prelu of values like x gives their dtype, and takes the slope.
+
+    It refuses to mix dtypes. Under autocast it computes in that dtype, whatever it is given.
+    """
+    where = x.device.type
+    if x.dim() < 2 or slope.dim() > 1 or slope.numel() not in (1, x.shape[1]):
+        return False
+    if torch.is_autocast_enabled(where):
+        lower = torch.get_autocast_dtype(where)
+        return x.dtype == lower and slope.dtype in (lower, torch.float32)
+    return x.dtype == slope.dtype and x.device == slope.device
 
 
 def fused_add(
@@ -39,6 +68,7 @@ def fused_add(
     args: tuple[float, ...],
     written: str,
     first: bool,
+    slope: Tensor | None = None,
 ) -> Tensor:
     """``activation(bn(x) + residual)``, or with the operands the other way round if not `first`.
 
@@ -50,12 +80,13 @@ def fused_add(
         and residual.shape == x.shape
         and residual.dtype == x.dtype
         and residual.device == x.device
+        and (slope is None or fits(x, slope))
     ):
-        return bn.run(x, residual, activation, args)
+        return bn.run(x, residual, activation, args, slope)
     y = bn.run(x, None, None, ())
     add: Callable[[Any, Any], Any] = operator.iadd if written == "+=" else operator.add
     y = add(y, residual) if first else add(residual, y)
-    return apply(*resolve(activation, args), y)
+    return apply(*resolve(activation, args), y) if slope is None else F.prelu(y, slope)
 
 
 @dataclass(frozen=True)

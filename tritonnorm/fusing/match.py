@@ -105,7 +105,7 @@ def _site(
     add = users[0]
     operands = addition(add)
     if add.op == "call_module" and isinstance(module_of(add), nn.PReLU):
-        return f"the slope of {add.target} is learned, and the kernels take numbers"
+        return f"{add.target} is a PReLU of another class than torch's"
     if operands is None:
         return f"its output goes to {_users(value)}"
     how, left, right = operands

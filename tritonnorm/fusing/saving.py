@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tritonnorm.activation import ACTIVATIONS
+from tritonnorm.activation import ACTIVATIONS, PRELU
 from tritonnorm.flow.inputs import calls_from
 from tritonnorm.fusing.verify import observed
 from tritonnorm.problem import Problem, View, minimum_bytes
 from tritonnorm.report import Report
+
+_KINDS = {**ACTIVATIONS, PRELU.name: PRELU}
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def predicted(model: nn.Module, report: Report, example_inputs: object) -> Savin
 def together(x: Tensor, rule: str) -> int:
     """Bytes of forward and backward where one call computes all of a rule."""
     parts = rule.split(" -> ")
-    kind = ACTIVATIONS.get(parts[-1])
+    kind = _KINDS.get(parts[-1])
     added = "add" in parts
     problems = [
         Problem(
@@ -81,7 +83,7 @@ def separate(x: Tensor, rule: str) -> int:
     reads one and writes one; its gradient reads two and writes one.
     """
     parts = rule.split(" -> ")
-    tensors = 3 * ("add" in parts) + 5 * (parts[-1] in ACTIVATIONS)
+    tensors = 3 * ("add" in parts) + 5 * (parts[-1] in _KINDS)
     return together(x, "bn") + tensors * x.numel() * x.element_size()
 
 

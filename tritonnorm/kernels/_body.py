@@ -17,6 +17,7 @@ def store_output(
     mean,  # [BLOCK_C]
     scale,  # [BLOCK_C] weight * rstd
     shift,  # [BLOCK_C] bias
+    leak,  # [BLOCK_C] learned slope of a prelu, in the place of ACT; or None
     y_ptr,  # [N, C, P] output, dense
     residual_ptr,  # [N, C, P] dense, or None
     mask_ptr,  # bit mask of the gate, or None
@@ -43,7 +44,10 @@ def store_output(
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + base + lane, mask=valid, other=0.0).to(x.dtype)
     v = epilogue.pre_activation(x, residual, mean, scale, shift)
-    y = epilogue.activate(v, ACT, A, B)
+    if leak is None:
+        y = epilogue.activate(v, ACT, A, B)
+    else:
+        y = epilogue.prelu(v, leak)
     tl.store(y_ptr + base + lane, y.to(y_ptr.dtype.element_ty), mask=valid)
     if mask_ptr is not None:
         bytes_at, bytes_valid = tile.bit_offsets(
@@ -59,6 +63,7 @@ def load_gradient(
     mean,  # [BLOCK_C] accumulator dtype
     scale,  # [BLOCK_C] weight * rstd
     shift,  # [BLOCK_C] bias
+    leak,  # [BLOCK_C] learned slope, or None
     dy_ptr,  # [N, C, P] dense
     residual_ptr,  # [N, C, P] dense, or None
     mask_ptr,  # bit mask of the gate, or None
@@ -82,8 +87,11 @@ def load_gradient(
     BLOCK_P: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
 ):
-    """The gradient g at the pre-activation, [BLOCK_C, BLOCK_M]; it is that of the residual too."""
+    """The gradient g at the pre-activation, [BLOCK_C, BLOCK_M]; it is that of the residual too.
+
+    With it come the terms of the gradient of a learned slope; without one g again, for nothing."""
     g = tl.load(dy_ptr + base + lane, mask=valid, other=0.0).to(mean.dtype)
+    of_leak = g
     if mask_ptr is not None:
         bytes_at, bytes_valid = tile.bit_offsets(
             c0, n0, p0, N, C, P, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST
@@ -91,15 +99,18 @@ def load_gradient(
         bits = tl.load(mask_ptr + bytes_at, mask=bytes_valid, other=0)
         gate = tile.unpack_bits(bits, BLOCK_C, BLOCK_N * BLOCK_P, CHANNELS_LAST)
         g = GATED(gate, g, A, B)
-    elif GRADIENT is not None or GATE is not None:
+    elif GRADIENT is not None or GATE is not None or leak is not None:
         residual = None
         if residual_ptr is not None:
             residual = tl.load(residual_ptr + base + lane, mask=valid, other=0.0).to(mean.dtype)
         v = epilogue.pre_activation(x, residual, mean, scale, shift)
-        g = epilogue.activation_gradient(v, g, GRADIENT, GATE, GATED, A, B)
+        if leak is None:
+            g = epilogue.activation_gradient(v, g, GRADIENT, GATE, GATED, A, B)
+        else:
+            g, of_leak = epilogue.prelu_gradient(v, g, leak)
     if dresidual_ptr is not None:
         tl.store(dresidual_ptr + base + lane, g.to(dresidual_ptr.dtype.element_ty), mask=valid)
-    return g
+    return g, of_leak
 
 
 @triton.jit
@@ -109,17 +120,22 @@ def gradient(
     mean,  # [BLOCK_C]
     scale,  # [BLOCK_C] weight * rstd
     shift,  # [BLOCK_C] bias
+    leak,  # [BLOCK_C] learned slope, or None
     GRADIENT: tl.constexpr,
     GATE: tl.constexpr,
     GATED: tl.constexpr,
     A: tl.constexpr,
     B: tl.constexpr,
 ):
-    """The gradient g at the pre-activation, without residual and mask: from what is at hand."""
-    if GRADIENT is not None or GATE is not None:
+    """The same two without residual and mask: from what is at hand."""
+    of_leak = dy
+    if leak is not None:
+        v = epilogue.pre_activation(x, None, mean, scale, shift)
+        dy, of_leak = epilogue.prelu_gradient(v, dy, leak)
+    elif GRADIENT is not None or GATE is not None:
         v = epilogue.pre_activation(x, None, mean, scale, shift)
         dy = epilogue.activation_gradient(v, dy, GRADIENT, GATE, GATED, A, B)
-    return dy
+    return dy, of_leak
 
 
 @triton.jit

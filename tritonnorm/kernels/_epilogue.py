@@ -232,6 +232,29 @@ def affine_parameters(c, C, rstd, weight_ptr, bias_ptr):
 
 
 @triton.jit
+def load_leak(slope_ptr, c, C, STEP: tl.constexpr, ACC: tl.constexpr):
+    """The learned slopes of a channel block, `STEP` apart in memory: 0 where there is only one."""
+    at = c
+    if STEP == 0:
+        at = c * 0
+    return tl.load(slope_ptr + at, mask=c < C, other=0.0).to(ACC)
+
+
+@triton.jit
+def prelu(
+    v,  # [BLOCK_C, BLOCK_M] pre-activation
+    leak,  # [BLOCK_C] slope below zero
+):
+    return tl.where(v > 0, v, v * leak[:, None])
+
+
+@triton.jit
+def prelu_gradient(v, g, leak):
+    """The gradient at the pre-activation, and the terms whose sum is that of the slope."""
+    return tl.where(v > 0, g, g * leak[:, None]), tl.where(v > 0, 0.0, g * v)
+
+
+@triton.jit
 def pre_activation(
     x,  # [BLOCK_C, BLOCK_M] accumulator dtype
     residual,  # [BLOCK_C, BLOCK_M] or None

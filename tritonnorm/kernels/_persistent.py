@@ -28,6 +28,7 @@ def forward_kernel(
     rstd_ptr,  # [C] out
     weight_ptr,  # [C] or None
     bias_ptr,  # [C] or None
+    slope_ptr,  # [C] or [1] learned slope of a prelu, or None
     running_mean_ptr,  # [C] or None
     running_var_ptr,  # [C] or None
     counter_ptr,  # [] int64 or None
@@ -47,7 +48,7 @@ def forward_kernel(
     CUMULATIVE: tl.constexpr,
     ACT: tl.constexpr,
     GATE: tl.constexpr,
-    A: tl.constexpr,  # parameters of the activation
+    A: tl.constexpr,  # parameters of the activation; of a learned slope `load_leak`'s STEP
     B: tl.constexpr,
     VEC: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -139,11 +140,14 @@ def forward_kernel(
                 momentum, CUMULATIVE,
             )  # fmt: skip
         scale, shift = epilogue.affine_parameters(c, C, rstd, weight_ptr, bias_ptr)
+        leak = None
+        if slope_ptr is not None:
+            leak = epilogue.load_leak(slope_ptr, c, C, A, ACC)
         for k in tl.static_range(KEPT):
             n0, p0 = tile.chunk_origin(kept_from + k, P, BLOCK_N, BLOCK_P)
             valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
             body.store_output(
-                xs[k].to(ACC), mean, scale, shift, y_ptr, residual_ptr, mask_ptr,
+                xs[k].to(ACC), mean, scale, shift, leak, y_ptr, residual_ptr, mask_ptr,
                 n0 * s_n + p0 * s_p, lane, valid, c0, n0, p0, N, C, P,
                 ACT, GATE, A, B, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST,
             )  # fmt: skip
@@ -158,7 +162,7 @@ def forward_kernel(
                 n0, p0 = tile.chunk_after(kept_from - 1 - i - k, first, N, P, BLOCK_N, BLOCK_P)
                 valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
                 body.store_output(
-                    raws[k].to(ACC), mean, scale, shift, y_ptr, residual_ptr, mask_ptr,
+                    raws[k].to(ACC), mean, scale, shift, leak, y_ptr, residual_ptr, mask_ptr,
                     n0 * s_n + p0 * s_p, lane, valid, c0, n0, p0, N, C, P,
                     ACT, GATE, A, B, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST,
                 )  # fmt: skip
@@ -176,14 +180,16 @@ def backward_kernel(
     mask_ptr,  # bit mask of the gate, or None
     dx_ptr,  # [N, C, P] dense
     dresidual_ptr,  # [N, C, P] dense, or None
-    partial_ptr,  # [2, 2, SPLITS, slots * BLOCK_C] sums of each program, workspace
+    partial_ptr,  # [2, SUMS, SPLITS, slots * BLOCK_C] sums of each program, workspace
     semaphore_ptr,  # [slots] int32
     mean_ptr,  # [C]
     rstd_ptr,  # [C]
     weight_ptr,  # [C] or None
     bias_ptr,  # [C] or None
+    slope_ptr,  # [C] or [1] learned slope of a prelu, or None
     dweight_ptr,  # [C] out, or None
     dbias_ptr,  # [C] out, or None
+    dslope_ptr,  # [C] out, or None
     N,
     C,
     P,
@@ -198,7 +204,7 @@ def backward_kernel(
     GRADIENT: tl.constexpr,
     GATE: tl.constexpr,
     GATED: tl.constexpr,
-    A: tl.constexpr,  # parameters of the activation
+    A: tl.constexpr,  # parameters of the activation; of a learned slope `load_leak`'s STEP
     B: tl.constexpr,
     VEC: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -208,6 +214,7 @@ def backward_kernel(
 ):
     """All gradients; of the kept chunks x stays, and dy (or g, as in `resident`)."""
     KEEP_DY: tl.constexpr = residual_ptr is None and mask_ptr is None and dresidual_ptr is None
+    SUMS: tl.constexpr = 2 if dslope_ptr is None else 3
     ACC: tl.constexpr = rstd_ptr.dtype.element_ty
     C, P = tile.hint_fast_axis(C, P, VEC, CHANNELS_LAST)
     slot = tl.program_id(0)
@@ -224,8 +231,12 @@ def backward_kernel(
         mean = tl.load(mean_ptr + c, mask=c < C, other=0.0)
         rstd = tl.load(rstd_ptr + c, mask=c < C, other=0.0)
         scale, shift = epilogue.affine_parameters(c, C, rstd, weight_ptr, bias_ptr)
+        leak = None
+        if slope_ptr is not None:
+            leak = epilogue.load_leak(slope_ptr, c, C, A, ACC)
         sum_g = tl.zeros([BLOCK_C], ACC)
         sum_gx = tl.zeros([BLOCK_C], ACC)
+        sum_leak = tl.zeros([BLOCK_C], ACC)
         for chunk in range(first, kept_from, BATCH):
             tile_g = tl.zeros([BLOCK_C, BLOCK_N * BLOCK_P], ACC)
             tile_gx = tl.zeros([BLOCK_C, BLOCK_N * BLOCK_P], ACC)
@@ -234,14 +245,16 @@ def backward_kernel(
                 valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
                 x_at = x_ptr + (n0 * x_n + p0 * x_p) + x_lane
                 x = tl.load(x_at, mask=valid, other=0.0).to(ACC)
-                g = body.load_gradient(
-                    x, mean, scale, shift, dy_ptr, residual_ptr, mask_ptr, None,
+                g, of_leak = body.load_gradient(
+                    x, mean, scale, shift, leak, dy_ptr, residual_ptr, mask_ptr, None,
                     n0 * s_n + p0 * s_p, lane, valid, c0, n0, p0, N, C, P,
                     GRADIENT, GATE, GATED, A, B, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST,
                 )  # fmt: skip
                 g = tl.where(valid, g, 0.0)
                 tile_g += g
                 tile_gx += g * (x - mean[:, None])
+                if dslope_ptr is not None:
+                    sum_leak += tl.sum(tl.where(valid, of_leak, 0.0), 1)
             sum_g += tl.sum(tile_g, 1)
             sum_gx += tl.sum(tile_gx, 1)
         xs = ()
@@ -253,11 +266,13 @@ def backward_kernel(
             x = raw.to(ACC)
             if KEEP_DY:
                 dy = tl.load(dy_ptr + (n0 * s_n + p0 * s_p) + lane, mask=valid, other=0.0)
-                g = body.gradient(x, dy.to(ACC), mean, scale, shift, GRADIENT, GATE, GATED, A, B)
+                g, of_leak = body.gradient(
+                    x, dy.to(ACC), mean, scale, shift, leak, GRADIENT, GATE, GATED, A, B
+                )
                 gs = gs + (dy,)
             else:
-                g = body.load_gradient(
-                    x, mean, scale, shift, dy_ptr, residual_ptr, mask_ptr, dresidual_ptr,
+                g, of_leak = body.load_gradient(
+                    x, mean, scale, shift, leak, dy_ptr, residual_ptr, mask_ptr, dresidual_ptr,
                     n0 * s_n + p0 * s_p, lane, valid, c0, n0, p0, N, C, P,
                     GRADIENT, GATE, GATED, A, B, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST,
                 )  # fmt: skip
@@ -265,12 +280,16 @@ def backward_kernel(
             g = tl.where(valid, g, 0.0)
             sum_g += tl.sum(g, 1)
             sum_gx += tl.sum(g * (x - mean[:, None]), 1)
+            if dslope_ptr is not None:
+                sum_leak += tl.sum(tl.where(valid, of_leak, 0.0), 1)
             xs = xs + (raw,)
         plane = SPLITS * slots * BLOCK_C
-        at = partial_ptr + (group % 2) * 2 * plane + slot * BLOCK_C + tl.arange(0, BLOCK_C)
+        at = partial_ptr + (group % 2) * SUMS * plane + slot * BLOCK_C + tl.arange(0, BLOCK_C)
         row = at + split * slots * BLOCK_C
         tl.store(row, sum_g)
         tl.store(row + plane, sum_gx)
+        if dslope_ptr is not None:
+            tl.store(row + 2 * plane, sum_leak)
         barrier.meet(semaphore_ptr + slot, split == 0, SPLITS)
         sum_g = tl.sum(barrier.rows(at, slots * BLOCK_C, SPLITS, BLOCK_C), 0)
         sum_gx = tl.sum(barrier.rows(at + plane, slots * BLOCK_C, SPLITS, BLOCK_C), 0)
@@ -280,6 +299,9 @@ def backward_kernel(
             if dweight_ptr is not None:
                 dweight = (sum_gx * rstd).to(dweight_ptr.dtype.element_ty)
                 tl.store(dweight_ptr + c, dweight, mask=c < C)
+            if dslope_ptr is not None:
+                sum_leak = tl.sum(barrier.rows(at + 2 * plane, slots * BLOCK_C, SPLITS, BLOCK_C), 0)
+                tl.store(dslope_ptr + c, sum_leak.to(dslope_ptr.dtype.element_ty), mask=c < C)
         total = tl.cast(N, ACC) * tl.cast(P, ACC)
         mean_g = sum_g / total
         slope = sum_gx / total * rstd * rstd
@@ -289,7 +311,9 @@ def backward_kernel(
             x = xs[k].to(ACC)
             g = gs[k].to(ACC)
             if KEEP_DY:
-                g = body.gradient(x, g, mean, scale, shift, GRADIENT, GATE, GATED, A, B)
+                g, of_leak = body.gradient(
+                    x, g, mean, scale, shift, leak, GRADIENT, GATE, GATED, A, B
+                )
             dx = body.input_gradient(g, x, mean, mean_g, slope, scale)
             base = n0 * s_n + p0 * s_p
             tl.store(dx_ptr + base + lane, dx.to(dx_ptr.dtype.element_ty), mask=valid)
@@ -297,8 +321,8 @@ def backward_kernel(
             n0, p0 = tile.chunk_origin(kept_from - 1 - i, P, BLOCK_N, BLOCK_P)
             valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
             x = tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=valid, other=0.0).to(ACC)
-            g = body.load_gradient(
-                x, mean, scale, shift, dy_ptr, residual_ptr, mask_ptr, dresidual_ptr,
+            g, of_leak = body.load_gradient(
+                x, mean, scale, shift, leak, dy_ptr, residual_ptr, mask_ptr, dresidual_ptr,
                 n0 * s_n + p0 * s_p, lane, valid, c0, n0, p0, N, C, P,
                 GRADIENT, GATE, GATED, A, B, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST,
             )  # fmt: skip

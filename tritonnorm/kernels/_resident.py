@@ -23,6 +23,7 @@ def forward_kernel(
     rstd_ptr,  # [C] out
     weight_ptr,  # [C] or None
     bias_ptr,  # [C] or None
+    slope_ptr,  # [C] or [1] learned slope of a prelu, or None
     running_mean_ptr,  # [C] or None
     running_var_ptr,  # [C] or None
     counter_ptr,  # [] int64 or None
@@ -37,7 +38,7 @@ def forward_kernel(
     CUMULATIVE: tl.constexpr,
     ACT: tl.constexpr,
     GATE: tl.constexpr,
-    A: tl.constexpr,  # parameters of the activation
+    A: tl.constexpr,  # parameters of the activation; of a learned slope `load_leak`'s STEP
     B: tl.constexpr,
     CHUNKS: tl.constexpr,
     VEC: tl.constexpr,
@@ -89,12 +90,15 @@ def forward_kernel(
         running_mean_ptr, running_var_ptr, counter_ptr, momentum, CUMULATIVE,
     )  # fmt: skip
     scale, shift = epilogue.affine_parameters(at, channels, rstd, weight_ptr, bias_ptr)
+    leak = None
+    if slope_ptr is not None:
+        leak = epilogue.load_leak(slope_ptr, at, channels, A, ACC)
     for chunk in tl.static_range(CHUNKS):
         n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P)
         valid = tile.valid_lanes(c, end, lane_n, lane_p, n0, p0, N, P)
         base = n0 * s_n + p0 * s_p
         body.store_output(
-            xs[chunk].to(ACC), mean, scale, shift, y_ptr, residual_ptr, mask_ptr,
+            xs[chunk].to(ACC), mean, scale, shift, leak, y_ptr, residual_ptr, mask_ptr,
             base, lane, valid, c0, n0, p0, N, C, P,
             ACT, GATE, A, B, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST,
         )  # fmt: skip
@@ -112,8 +116,10 @@ def backward_kernel(
     rstd_ptr,  # [C]
     weight_ptr,  # [C] or None
     bias_ptr,  # [C] or None
+    slope_ptr,  # [C] or [1] learned slope of a prelu, or None
     dweight_ptr,  # [C] out, or None
     dbias_ptr,  # [C] out, or None
+    dslope_ptr,  # [C] out, or None
     N,
     C,
     P,
@@ -123,7 +129,7 @@ def backward_kernel(
     GRADIENT: tl.constexpr,
     GATE: tl.constexpr,
     GATED: tl.constexpr,
-    A: tl.constexpr,  # parameters of the activation
+    A: tl.constexpr,  # parameters of the activation; of a learned slope `load_leak`'s STEP
     B: tl.constexpr,
     CHUNKS: tl.constexpr,
     VEC: tl.constexpr,
@@ -152,10 +158,14 @@ def backward_kernel(
     mean = tl.load(mean_ptr + at, mask=at < channels, other=0.0)
     rstd = tl.load(rstd_ptr + at, mask=at < channels, other=0.0)
     scale, shift = epilogue.affine_parameters(at, channels, rstd, weight_ptr, bias_ptr)
+    leak = None
+    if slope_ptr is not None:
+        leak = epilogue.load_leak(slope_ptr, at, channels, A, ACC)
     xs = ()
     gs = ()
     sum_g = tl.zeros([BLOCK_C], ACC)
     sum_gx = tl.zeros([BLOCK_C], ACC)
+    sum_leak = tl.zeros([BLOCK_C], ACC)
     for chunk in tl.static_range(CHUNKS):
         n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P)
         valid = tile.valid_lanes(c, end, lane_n, lane_p, n0, p0, N, P)
@@ -164,11 +174,13 @@ def backward_kernel(
         x = raw.to(ACC)
         if KEEP_DY:
             dy = tl.load(dy_ptr + base + lane, mask=valid, other=0.0)
-            g = body.gradient(x, dy.to(ACC), mean, scale, shift, GRADIENT, GATE, GATED, A, B)
+            g, of_leak = body.gradient(
+                x, dy.to(ACC), mean, scale, shift, leak, GRADIENT, GATE, GATED, A, B
+            )
             gs = gs + (dy,)
         else:
-            g = body.load_gradient(
-                x, mean, scale, shift, dy_ptr, residual_ptr, mask_ptr, dresidual_ptr,
+            g, of_leak = body.load_gradient(
+                x, mean, scale, shift, leak, dy_ptr, residual_ptr, mask_ptr, dresidual_ptr,
                 base, lane, valid, c0, n0, p0, N, C, P,
                 GRADIENT, GATE, GATED, A, B, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST,
             )  # fmt: skip
@@ -176,6 +188,8 @@ def backward_kernel(
         g = tl.where(valid, g, 0.0)
         sum_g += tl.sum(g, 1)
         sum_gx += tl.sum(g * (x - mean[:, None]), 1)
+        if dslope_ptr is not None:
+            sum_leak += tl.sum(tl.where(valid, of_leak, 0.0), 1)
         xs = xs + (raw,)
     sum_g = tile.over_plane(sum_g, PLANE, WIDTH)
     sum_gx = tile.over_plane(sum_gx, PLANE, WIDTH)
@@ -184,6 +198,9 @@ def backward_kernel(
     if dweight_ptr is not None:
         dweight = (sum_gx * rstd).to(dweight_ptr.dtype.element_ty)
         tl.store(dweight_ptr + to, dweight, mask=to < channels)
+    if dslope_ptr is not None:
+        sum_leak = tile.over_plane(sum_leak, PLANE, WIDTH)
+        tl.store(dslope_ptr + to, sum_leak.to(dslope_ptr.dtype.element_ty), mask=to < channels)
     if dx_ptr is not None:
         count = tl.cast(N, ACC) * tl.cast(P, ACC) * PLANE
         mean_g = sum_g / count
@@ -195,6 +212,8 @@ def backward_kernel(
             x = xs[chunk].to(ACC)
             g = gs[chunk].to(ACC)
             if KEEP_DY:
-                g = body.gradient(x, g, mean, scale, shift, GRADIENT, GATE, GATED, A, B)
+                g, of_leak = body.gradient(
+                    x, g, mean, scale, shift, leak, GRADIENT, GATE, GATED, A, B
+                )
             dx = body.input_gradient(g, x, mean, mean_g, slope, scale)
             tl.store(dx_ptr + base + lane, dx.to(dx_ptr.dtype.element_ty), mask=valid)

@@ -76,7 +76,7 @@ class Affine:
         combine = combine_sums_launch(flat, config, plane)
 
         def run(a: BackwardArguments) -> None:
-            partial = partial_sums(flat, config, a.rstd) if sums else None
+            partial = partial_sums(flat, config, a) if sums else None
             gradient(a, partial, None, None)
             if partial is not None:
                 combine(a, partial, None)

@@ -82,7 +82,11 @@ class Config:
 
 @dataclass(frozen=True)
 class EpilogueArguments:
-    """The device functions of an activation and its parameters; the identity has none."""
+    """The device functions of an activation and its parameters; the identity has none.
+
+    A prelu has none either: its slope is a tensor, and the kernels that get one apply it. Its one
+    parameter is the distance of the slopes of neighbouring channels: 1, or 0 if they share one.
+    """
 
     functions: Epilogue | None = None
     args: tuple[float, ...] = ()
@@ -90,7 +94,9 @@ class EpilogueArguments:
     @classmethod
     def named(cls, name: str, args: Sequence[float]) -> EpilogueArguments:
         """Those of an activation by name; "" is the identity."""
-        return cls(EPILOGUES[name], tuple(args)) if name else cls()
+        if not name:
+            return cls()
+        return cls(None if name == "prelu" else EPILOGUES[name], tuple(args))
 
     def forward(self) -> dict[str, Any]:
         f = self.functions
@@ -128,6 +134,7 @@ class ForwardArguments:
     counter: Tensor | None  # [] int64 num_batches_tracked
     momentum: float | None
     eps: float
+    slope: Tensor | None = None  # [C] or [1]
 
 
 @dataclass(slots=True)
@@ -146,6 +153,8 @@ class BackwardArguments:
     dresidual: Tensor | None  # [N, C, P] dense, written
     dweight: Tensor | None  # [C] written
     dbias: Tensor | None  # [C] written
+    slope: Tensor | None = None  # [C] or [1]
+    dslope: Tensor | None = None  # [C] accumulator dtype, written: those of the channels
 
 
 class Algorithm(Protocol):

@@ -193,7 +193,7 @@ class MaskedLaunches:
             early = None if corrects else dx  # of given statistics all gradients are one pass
             self._gradient[reads](dy, x, keep, early, *vectors, partial, None, None)
             whole = rstd.new_empty((2, self.shape.view.c)) if corrects else None
-            self._combine_sums(partial, rstd, whole, dweight, dbias)
+            self._combine_sums(partial, rstd, whole, dweight, dbias, None)
         if dx is not None and (corrects or not sums):
             self._gradient[reads](dy, x, keep, dx, *vectors, None, whole, count)
 

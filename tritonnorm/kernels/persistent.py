@@ -180,7 +180,7 @@ class Persistent:
             launches[advance_counter(a)](
                 *(a.x, a.y, a.residual, a.mask, _partial(config, a.mean, 4)),
                 *(_semaphores(a.x, config.at_once), a.mean, a.rstd, a.weight, a.bias),
-                *(a.running_mean, a.running_var, a.counter),
+                *(a.slope, a.running_mean, a.running_var, a.counter),
                 *(a.eps, 0.0 if a.momentum is None else a.momentum),
             )
 
@@ -194,8 +194,9 @@ class Persistent:
         def run(a: BackwardArguments) -> None:
             launch(
                 *(a.dy, a.x, a.residual, a.mask, a.dx, a.dresidual),
-                *(_partial(config, a.rstd, 2), _semaphores(a.x, config.at_once)),
-                *(a.mean, a.rstd, a.weight, a.bias, a.dweight, a.dbias),
+                *(_partial(config, a.rstd, 2 if a.dslope is None else 3),),
+                *(_semaphores(a.x, config.at_once), a.mean, a.rstd),
+                *(a.weight, a.bias, a.slope, a.dweight, a.dbias, a.dslope),
             )
 
         return run

@@ -139,7 +139,7 @@ class Resident:
         def run(a: ForwardArguments) -> None:
             launches[advance_counter(a)](
                 *(a.x, a.y, a.residual, a.mask, a.mean, a.rstd, a.weight, a.bias),
-                *(a.running_mean, a.running_var, a.counter),
+                *(a.slope, a.running_mean, a.running_var, a.counter),
                 *(a.eps, 0.0 if a.momentum is None else a.momentum),
             )
 
@@ -153,7 +153,7 @@ class Resident:
         def run(a: BackwardArguments) -> None:
             launch(
                 *(a.dy, a.x, a.residual, a.mask, a.dx, a.dresidual, a.mean, a.rstd),
-                *(a.weight, a.bias, a.dweight, a.dbias),
+                *(a.weight, a.bias, a.slope, a.dweight, a.dbias, a.dslope),
             )
 
         return run

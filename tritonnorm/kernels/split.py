@@ -243,7 +243,7 @@ class Split:
         def run(a: BackwardArguments) -> None:
             whole: torch.Tensor | None = None
             if sums:
-                partial = partial_sums(problem, config, a.rstd)
+                partial = partial_sums(problem, config, a)
                 first(a, partial, None, None)
                 whole = a.rstd.new_empty((2, problem.view.c)) if problem.needs_dx else None
                 combine(a, partial, whole)

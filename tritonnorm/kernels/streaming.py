@@ -40,6 +40,7 @@ def apply_kernel(
     rstd_ptr,  # [C] 1 / sqrt(var + eps), or the variance itself if FROM_VARIANCE
     weight_ptr,  # [C] or None
     bias_ptr,  # [C] or None
+    slope_ptr,  # [C] or [1] learned slope of a prelu, or None
     save_mean_ptr,  # [C] out, or None: the statistics as the backward wants them
     save_rstd_ptr,  # [C] out, or None
     eps: tl.float64,
@@ -53,7 +54,7 @@ def apply_kernel(
     CHUNKS,  # chunks of a channel
     ACT: tl.constexpr,
     GATE: tl.constexpr,
-    A: tl.constexpr,  # parameters of the activation
+    A: tl.constexpr,  # parameters of the activation; of a learned slope `load_leak`'s STEP
     B: tl.constexpr,
     FROM_VARIANCE: tl.constexpr,
     ACC: tl.constexpr,
@@ -82,6 +83,9 @@ def apply_kernel(
             tl.store(save_mean_ptr + at, mean, mask=one_each)
             tl.store(save_rstd_ptr + at, rstd, mask=one_each)
     scale, shift = epilogue.affine_parameters(at, channels, rstd, weight_ptr, bias_ptr)
+    leak = None
+    if slope_ptr is not None:
+        leak = epilogue.load_leak(slope_ptr, at, channels, A, ACC)
     first = tl.program_id(1) * PER_SPLIT
     last = tl.minimum(first + PER_SPLIT, CHUNKS)
     for i in range(first, last):
@@ -92,7 +96,7 @@ def apply_kernel(
         base = n0 * s_n + p0 * s_p
         x = tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=valid, other=0.0).to(ACC)
         body.store_output(
-            x, mean, scale, shift, y_ptr, residual_ptr, mask_ptr,
+            x, mean, scale, shift, leak, y_ptr, residual_ptr, mask_ptr,
             base, lane, valid, c0, n0, p0, N, C, P,
             ACT, GATE, A, B, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST,
         )  # fmt: skip
@@ -110,7 +114,9 @@ def gradient_kernel(
     rstd_ptr,  # [C]
     weight_ptr,  # [C] or None
     bias_ptr,  # [C] or None
-    partial_ptr,  # [2, SPLITS, C] sums of g and of g * (x - mean), out, or None
+    slope_ptr,  # [C] or [1] learned slope of a prelu, or None
+    partial_ptr,  # [2, SPLITS, C] sums of g and of g * (x - mean), out, or None; [3, SPLITS, C]
+    # with those of a slope
     sums_ptr,  # [2, C] the same over the whole channel, in, or None: given statistics
     count_ptr,  # [C] values that those are sums of, or None: the N * P at hand
     N,
@@ -124,7 +130,7 @@ def gradient_kernel(
     GRADIENT: tl.constexpr,
     GATE: tl.constexpr,
     GATED: tl.constexpr,
-    A: tl.constexpr,  # parameters of the activation
+    A: tl.constexpr,  # parameters of the activation; of a learned slope `load_leak`'s STEP
     B: tl.constexpr,
     READS_X: tl.constexpr,
     VEC: tl.constexpr,
@@ -146,6 +152,9 @@ def gradient_kernel(
     mean = tl.load(mean_ptr + at, mask=c < C, other=0.0)
     rstd = tl.load(rstd_ptr + at, mask=c < C, other=0.0)
     scale, shift = epilogue.affine_parameters(at, channels, rstd, weight_ptr, bias_ptr)
+    leak = None
+    if slope_ptr is not None:
+        leak = epilogue.load_leak(slope_ptr, at, channels, A, ACC)
     if sums_ptr is not None:
         if count_ptr is None:
             total = tl.cast(N, ACC) * tl.cast(P, ACC)
@@ -155,6 +164,7 @@ def gradient_kernel(
         slope = tl.load(sums_ptr + C + c, mask=c < C, other=0.0) / total * rstd * rstd
     sum_g = tl.zeros([BLOCK_C], ACC)
     sum_gx = tl.zeros([BLOCK_C], ACC)
+    sum_leak = tl.zeros([BLOCK_C], ACC)
     first = tl.program_id(1) * PER_SPLIT
     last = tl.minimum(first + PER_SPLIT, CHUNKS)
     for i in range(first, last):
@@ -167,8 +177,8 @@ def gradient_kernel(
         x = None
         if READS_X:
             x = tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=valid, other=0.0).to(ACC)
-        g = body.load_gradient(
-            x, mean, scale, shift, dy_ptr, residual_ptr, mask_ptr, dresidual_ptr,
+        g, of_leak = body.load_gradient(
+            x, mean, scale, shift, leak, dy_ptr, residual_ptr, mask_ptr, dresidual_ptr,
             base, lane, valid, c0, n0, p0, N, C, P,
             GRADIENT, GATE, GATED, A, B, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST,
         )  # fmt: skip
@@ -182,19 +192,25 @@ def gradient_kernel(
             g = tl.where(valid, g, 0.0)
             sum_g += tl.sum(g, 1)
             sum_gx += tl.sum(g * (x - mean[:, None]), 1)
+            if leak is not None:
+                sum_leak += tl.sum(tl.where(valid, of_leak, 0.0), 1)
     if partial_ptr is not None:
         row = partial_ptr + tl.program_id(1).to(tl.int64) * C + c
         tl.store(row, sum_g, mask=c < C)
-        tl.store(row + tl.num_programs(1).to(tl.int64) * C, sum_gx, mask=c < C)
+        plane = tl.num_programs(1).to(tl.int64) * C
+        tl.store(row + plane, sum_gx, mask=c < C)
+        if leak is not None:
+            tl.store(row + 2 * plane, sum_leak, mask=c < C)
 
 
 @triton.jit(do_not_specialize=["SPLITS"])
 def combine_sums_kernel(
-    partial_ptr,  # [2, SPLITS, C, PLANE]
+    partial_ptr,  # [2, SPLITS, C, PLANE]; [3, ...] with a learned slope
     rstd_ptr,  # [C]
     sums_ptr,  # [2, C] out, or None
     dweight_ptr,  # [C] out, or None
     dbias_ptr,  # [C] out, or None
+    dslope_ptr,  # [C] out, or None
     C,
     SPLITS,
     PLANE: tl.constexpr,
@@ -206,6 +222,7 @@ def combine_sums_kernel(
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     sum_g = tl.zeros([BLOCK_C], ACC)
     sum_gx = tl.zeros([BLOCK_C], ACC)
+    sum_leak = tl.zeros([BLOCK_C], ACC)
     row = tl.cast(C, tl.int64) * PLANE
     for s0 in range(0, SPLITS * PLANE, BLOCK_S):
         s = s0 + tl.arange(0, BLOCK_S)
@@ -213,6 +230,8 @@ def combine_sums_kernel(
         at = partial_ptr + (s // PLANE * row + s % PLANE)[:, None] + c[None, :] * PLANE
         sum_g += tl.sum(tl.load(at, mask=valid, other=0.0), 0)
         sum_gx += tl.sum(tl.load(at + SPLITS * row, mask=valid, other=0.0), 0)
+        if dslope_ptr is not None:
+            sum_leak += tl.sum(tl.load(at + 2 * SPLITS * row, mask=valid, other=0.0), 0)
     if sums_ptr is not None:
         tl.store(sums_ptr + c, sum_g, mask=c < C)
         tl.store(sums_ptr + C + c, sum_gx, mask=c < C)
@@ -221,6 +240,8 @@ def combine_sums_kernel(
     if dweight_ptr is not None:
         rstd = tl.load(rstd_ptr + c, mask=c < C, other=0.0)
         tl.store(dweight_ptr + c, (sum_gx * rstd).to(dweight_ptr.dtype.element_ty), mask=c < C)
+    if dslope_ptr is not None:
+        tl.store(dslope_ptr + c, sum_leak.to(dslope_ptr.dtype.element_ty), mask=c < C)
 
 
 def apply_launch(
@@ -244,7 +265,8 @@ def apply_launch(
 
     def run(a: ForwardArguments, mean: torch.Tensor, rstd: torch.Tensor) -> None:
         saved = (a.mean, a.rstd) if given else (None, None)
-        launch(a.x, a.y, a.residual, a.mask, mean, rstd, a.weight, a.bias, *saved, a.eps)
+        vectors = (a.weight, a.bias, a.slope, *saved)
+        launch(a.x, a.y, a.residual, a.mask, mean, rstd, *vectors, a.eps)
 
     return run
 
@@ -277,7 +299,8 @@ def gradient_launch(
 
     def run(a: BackwardArguments, *vectors: torch.Tensor | None) -> None:
         outputs = (a.dx, a.dresidual) if writes else (None, None)
-        launch(a.dy, a.x, a.residual, a.mask, *outputs, a.mean, a.rstd, a.weight, a.bias, *vectors)
+        given = (a.mean, a.rstd, a.weight, a.bias, a.slope)
+        launch(a.dy, a.x, a.residual, a.mask, *outputs, *given, *vectors)
 
     return run
 
@@ -291,7 +314,7 @@ def combine_sums_launch(
     launch = Launch(combine_sums_kernel, grid, (c, splits), 4, PLANE=plane, **COMBINE)
 
     def run(a: BackwardArguments, partial: torch.Tensor, whole: torch.Tensor | None) -> None:
-        launch(partial, a.rstd, whole, a.dweight, a.dbias)
+        launch(partial, a.rstd, whole, a.dweight, a.dbias, a.dslope)
 
     return run
 
@@ -304,6 +327,7 @@ def over_chunks(problem: Problem, config: Config) -> tuple[tuple[int, int], tupl
     return (config.channel_blocks(problem), splits), sizes
 
 
-def partial_sums(problem: Problem, config: Config, like: torch.Tensor) -> torch.Tensor:
-    """Workspace ``[2, SPLITS, C]`` for `gradient_kernel`."""
-    return like.new_empty((2, splits_for(config, problem)[0], problem.view.c))
+def partial_sums(problem: Problem, config: Config, a: BackwardArguments) -> torch.Tensor:
+    """Workspace ``[2, SPLITS, C]`` for `gradient_kernel`; ``[3, SPLITS, C]`` with a slope."""
+    sums = 2 if a.slope is None else 3
+    return a.rstd.new_empty((sums, splits_for(config, problem)[0], problem.view.c))

@@ -67,7 +67,7 @@ def gradient_sums(
     combine = combine_sums_launch(problem, config)
 
     def run(a: BackwardArguments) -> Tensor:
-        partial = partial_sums(problem, config, a.rstd)
+        partial = partial_sums(problem, config, a)
         first(a, partial, None, None)
         whole = a.rstd.new_empty((2, problem.view.c))
         combine(a, partial, whole)

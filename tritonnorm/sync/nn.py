@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import has_torch_function
@@ -31,10 +32,14 @@ class _Synchronized(_FusedBatchNorm):
         residual: Tensor | None,
         activation: str | None,
         activation_args: tuple[float, ...],
+        slope: Tensor | None = None,
     ) -> Tensor:
         group = self._group() if self.training else None
         if group is None:
-            return super().run(input, residual, activation, activation_args)
+            return super().run(input, residual, activation, activation_args, slope)
+        if slope is not None:  # its sum is none of those that the ranks exchange
+            y = self.run(input, residual, None, ())
+            return F.prelu(y, slope.to(y.dtype))
         if not has_torch_function((input,)):
             self._check_input_dim(input)
             if input.shape[1] == 0:
