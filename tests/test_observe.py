@@ -13,13 +13,11 @@ from torch import Tensor, nn
 import tritonnorm
 from bench.lab.traffic import trace
 from tests import tuned
-from tests.ranks import Ranks
 from tritonnorm.device import KNOWN, simulated
 from tritonnorm.explanation import explain
 from tritonnorm.observe import OperatorCall, observe
 from tritonnorm.plan import Untuned
 from tritonnorm.tune import standing
-from tritonnorm.tune.key import Key
 
 H200 = KNOWN["h200"]
 
@@ -67,7 +65,7 @@ MODELS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
 }
 
 
-def kernels(calls: list[OperatorCall]) -> list[str]:
+def rehearsed(calls: list[OperatorCall]) -> list[str]:
     return [launch.parts[0].fn.__name__ for call in calls for launch, _ in call.rehearse()]
 
 
@@ -90,7 +88,7 @@ def test_what_is_rehearsed_is_what_runs(name: str, channels_last: bool) -> None:
             assert explained == {p for call in calls for p, _ in call.problems}
             with trace() as seen:
                 model(x).sum().backward()
-            assert [launch.kernel for launch in seen.launches] == kernels(calls)
+            assert [launch.kernel for launch in seen.launches] == rehearsed(calls)
             before = {n: t.clone() for n, t in model.state_dict().items()}
 
 
@@ -121,24 +119,3 @@ def test_a_tuned_result_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
             assert (found.algorithm, found.source) == (algorithm, "user cache")
             assert found.config == tuned.last(first.problem, algorithm)
         monkeypatch.delenv("TRITONNORM_STRICT")
-
-
-def of_rank(rank: int, group: Any) -> tuple[list[str], list[str], list[Any], str]:
-    """What is explained to a rank, what is rehearsed, and what runs."""
-    bn = tritonnorm.SyncBatchNorm(8, process_group=group, activation="relu")
-    x = torch.randn(2 + rank, 8, 5, 5, requires_grad=True)
-    with simulated(H200):
-        calls = observe(bn, x, modes=("train",))
-        keys = [Key.of(p) for call in calls for p, _ in call.problems]
-        with trace() as seen:
-            bn(x).sum().backward()
-        ran = [launch.kernel for launch in seen.launches]
-        return kernels(calls), ran, keys, str(explain(bn, x))
-
-
-def test_a_rank_of_several(pool: Ranks) -> None:
-    for rehearsed, ran, keys, said in pool.run(of_rank, world=2):
-        assert rehearsed == ran and len(ran) == 7
-        assert ["synced" in key.flags for key in keys] == [True] * 4
-        assert len(set(keys)) == 3 and keys[2] == keys[3]  # both stages of a backward ask alike
-        assert said.count("-> split (formula)") == 3 and "resident" not in said

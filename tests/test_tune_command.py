@@ -19,6 +19,7 @@ from tests.test_tuning import everything
 from tritonnorm.cli import tuning, tuning_view
 from tritonnorm.cli.main import main
 from tritonnorm.device import KNOWN
+from tritonnorm.norms import swap
 from tritonnorm.tune import problems, session, standing
 from tritonnorm.tune.jobs import Job, Result
 from tritonnorm.tune.key import Key
@@ -183,12 +184,16 @@ def test_a_model(gpu: list[Job], cache: UserCache, capsys: pytest.CaptureFixture
 
 
 def test_a_model_of_other_norms(gpu: list[Job], cache: UserCache) -> None:
-    """What `replace` makes of a model; autocast computes torch's own norms in float32."""
+    """What `replace` makes of a model."""
     arguments = ("--model", "tests.test_tune_command:transformer", "--input", "4x10x8")
-    assert tune(*arguments, "--layout", "NCHW", "--dtype", "fp32") == 0
+    assert tune(*arguments, "--layout", "NCHW", "--norms", *tuning.NORMS) == 0
     keys = [job.key for job in gpu]
     assert sorted(k.op for k in keys) == ["group backward"] * 2 + ["group forward"] * 2
-    assert {k.shape for k in keys} == {(1, 32, 40, 1)} and len(cache.entries()) == 4
+    assert (
+        set(tuning.NORMS) == set(swap.NORMS)
+        and {k.shape for k in keys} == {(1, 32, 40, 1)}
+        and len(cache.entries()) == 4
+    )
 
 
 def test_what_it_says(gpu: list[Job], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
