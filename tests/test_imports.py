@@ -34,7 +34,7 @@ class Room:
 # itself. A module without a row fails: give it a place in docs/architecture.md and a row here.
 KERNELS = ("kernels", "kernels.base")
 PURE_LEAVES = tuple(leaf for leaf in LEAVES if leaf not in ("report", "settings", "conditions"))
-FOR_TRIALS = ("kernels.folding", "kernels.group_base")
+FOR_TRIALS = ("kernels.folding", "kernels.group_base", "kernels.masked_launches")
 LOOKUP = ("tune.key", "tune.revisions", "tune.agree", "tune.store", "tune.lookup")
 BELOW_OPS = (*LEAVES, *KERNELS, "plan", "recipe", "operators")
 BELOW_NN = (*BELOW_OPS, "ops", "autograd", "functional")
@@ -63,7 +63,7 @@ ROOMS = (
         "kernels.masked_launches",
         ours=(
             *(*PURE_LEAVES, "kernels.masked"),
-            *("kernels.base", "kernels.streaming", "kernels.tiling"),
+            *("kernels.base", "kernels.split", "kernels.streaming", "kernels.tiling"),
         ),
         theirs=("torch", "triton"),
         without=("os",),
@@ -121,7 +121,7 @@ ROOMS = (
     Room("sync.ops", ours=(*BELOW_OPS, "ops", "kernels.synced")),
     Room("sync.functional", ours=(*LEAVES, "ops", "functional", "sync.ops")),
     Room("sync.nn", ours=(*LEAVES, "nn", "sync.functional")),
-    Room("sequences.ops", ours=(*LEAVES, "operators", "ops", "kernels.masked_launches")),
+    Room("sequences.ops", ours=(*BELOW_OPS, "ops", "kernels.masked_launches")),
     Room("sequences.masked", ours=(*LEAVES, "functional", "sequences.ops")),
     Room("sequences.recurrent", ours=("sequences.masked",)),
     Room("norms.nn", ours=(*LEAVES, "functional")),

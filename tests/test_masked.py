@@ -16,7 +16,10 @@ from bench.launches import observe
 from tests.matrix import poisoned
 from tritonnorm import reference
 from tritonnorm.device import Device
-from tritonnorm.kernels.masked_launches import MaskedShape, launches
+from tritonnorm.kernels.base import Config
+from tritonnorm.kernels.masked_launches import Masked
+from tritonnorm.plan import force_plan
+from tritonnorm.problem import Problem, View
 from tritonnorm.sequences import masked as sequences
 from tritonnorm.sequences.masked import masked_batch_norm, valid_positions
 
@@ -173,19 +176,13 @@ def test_sizes(size: tuple[int, int, int], layout: str, options: dict[str, Any])
 
 
 @pytest.mark.parametrize("layout", ["NCL", "NLC"])
-def test_many_tiles_in_uneven_splits(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_tiles_in_uneven_splits(layout: str) -> None:
     """Tiles so small that some are all padding, in three splits of two channel blocks."""
-
-    def small(cls: Any, view: Any, dtype: torch.dtype, device: Device) -> MaskedShape:
-        tiles = (8, 1, 4) if view.channels_last else (4, 2, 8)
-        return MaskedShape(view, dtype, *tiles, 1).split(3)
-
-    launches.cache_clear()
-    monkeypatch.setattr(MaskedShape, "of", classmethod(small))
+    tiles = (8, 1, 4) if layout == "NLC" else (4, 2, 8)
     for kind, training in (("lengths", True), ("mask", False)):
         x, keep = padded(5, 11, 18, kind=kind)
-        check(x, keep, layout, torch.float32, training, activation="silu")
-    launches.cache_clear()
+        with force_plan("masked", Config(*tiles, splits=3)):
+            check(x, keep, layout, torch.float32, training, activation="silu")
 
 
 @pytest.mark.parametrize("layout", ["NCL", "NLC"])
@@ -199,10 +196,9 @@ def test_bytes(layout: str, mode: str) -> None:
     item, valid = 4, int(keep.sum())
     view = "NLC" if layout == "NLC" else "NCL"
     if view == "NCL":  # one sample by 512 positions
-        shape = launches.cache_info() and MaskedShape.of(
-            *(_view(n, c, length), torch.float32, Device.of(torch.device("cpu")))
-        )
-        assert (shape.block_n, shape.block_p) == (1, 512)
+        p = Problem("forward", True, View(n, c, length, False), torch.float32, form="masked")
+        config = Masked().heuristic(p, Device.of(torch.device("cpu")))
+        assert (config.block_n, config.block_p) == (1, 512)
         valid = 512 * int(keep.reshape(n, -1, 512).any(2).sum())
     live, whole = valid * c * item, x.numel() * item
     with trace() as seen:
@@ -220,12 +216,6 @@ def test_bytes(layout: str, mode: str) -> None:
     assert apply["y_ptr"] == gradient["dx_ptr"] == whole
     blocks = -(-c // (64 if layout == "NLC" else 4))
     assert apply["keep_ptr"] == gradient["keep_ptr"] == n * length * blocks
-
-
-def _view(n: int, c: int, length: int) -> Any:
-    from tritonnorm.problem import View
-
-    return View(n, c, length, channels_last=False)
 
 
 @pytest.mark.parametrize("disabled", ["0", "1"])

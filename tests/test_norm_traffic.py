@@ -5,10 +5,15 @@ The interpreter counts. An access out of bounds or a race fails the count itself
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from bench.audit.traffic import count
+from bench.audit.compile import GPUS
+from bench.audit.others import other_calls, other_cases
+from bench.audit.traffic import count, count_all
+from bench.masked_call import MaskedCall
 from bench.norm_call import NormCall
 from tritonnorm.device import KNOWN
 from tritonnorm.explanation import explain
@@ -36,7 +41,7 @@ TABLE = {
 KINDS = ({}, {"activation": "silu"}, {"activation": "relu", "residual": True})
 
 
-def with_options(call: NormCall, **options: object) -> NormCall:
+def with_options(call: Any, **options: object) -> Any:
     from dataclasses import replace
 
     return replace(call, **options)
@@ -82,6 +87,39 @@ def test_every_configuration(name: str) -> None:
     for algorithm in GROUP_ALGORITHMS:
         for config in algorithm.configs(CALLS[name].problem("backward"), H200):
             check(CALLS[name], algorithm.name, config)
+
+
+SEQUENCES = MaskedCall((3, 6, 20), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_sequences(channels_last: bool) -> None:
+    """Without padding, with every configuration, and for whatever is asked for."""
+    call = with_options(SEQUENCES, channels_last=channels_last)
+    for config in BY_NAME["masked"].configs(call.problem("backward"), H200):
+        assert all(row.exact for row in count(call, "masked", H200, config))
+    for options in (
+        *({"needs": needs, "activation": "silu"} for needs in ("x", "w", "xb")),
+        *({"needs": needs, "training": False} for needs in ("x", "w", "xwb")),
+    ):
+        rows = count(with_options(call, **options), "masked", H200)
+        assert all(row.exact and row.minimum <= row.model for row in rows), rows
+
+
+def test_padding_is_not_read() -> None:
+    """The model is that of a batch without padding, the most there can be."""
+    call = with_options(SEQUENCES, channels_last=True, padding=0.5)
+    assert call.tensors().lengths.tolist() == [20, 17, 14]
+    assert all(row.counted < row.model for row in count(call, "masked", H200))
+
+
+def test_what_the_audit_lists() -> None:
+    """Every algorithm that is not of a plain batch norm."""
+    rows = count_all(calls=other_calls(quick=True))
+    assert all(row.exact for row in rows)
+    assert {row.algorithm for row in rows} == {*ALGORITHMS, "masked"}
+    assert {case.algorithm for case in other_cases(quick=True)} == {*ALGORITHMS, "masked"}
+    assert {case.target for case in other_cases()} == set(GPUS)
 
 
 def test_launches() -> None:

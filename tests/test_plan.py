@@ -149,7 +149,7 @@ def test_what_cannot_compute_is_passed_over() -> None:
 
 
 def test_unknown_algorithm() -> None:
-    names = ".*persistent, split, affine, group_resident, group_split, fold, formula"
+    names = ".*persistent, split, affine, group_resident, group_split, masked, fold, formula"
     with pytest.raises(ValueError, match=f"algorithm: expected one of {names}; got 'fast'"):
         choose(problem(), H100, forced=Forced("fast"))
     with pytest.raises(ValueError, match="got 'fast'"), force_plan("fast"):

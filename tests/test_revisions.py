@@ -10,20 +10,23 @@ from pathlib import Path
 
 import pytest
 
-from tritonnorm.kernels import ALGORITHMS, FOLDS, GROUP_ALGORITHMS
+from tritonnorm.kernels import ALGORITHMS, FOLDS, GROUP_ALGORITHMS, OTHER_FORMS
 from tritonnorm.tune.revisions import REVISIONS
 
 KERNELS = Path(__file__).resolve().parent.parent / "tritonnorm" / "kernels"
-FILES = {"fold": "folding"}  # the others are named after their file
+FILES = {"fold": "folding", "masked": "masked_launches"}  # the others are named after their file
 
 # Algorithm -> its revision and the hash of its kernels' source. If a change cannot make another
 # configuration the fastest, only the hash is new; otherwise raise the number in `REVISIONS` too.
 DECIDED: dict[str, tuple[int, str]] = {
-    "resident": (1, "84794d19a45551d8"),
-    "persistent": (1, "b548bd9e4e92fd00"),
-    "split": (1, "ed6136b3eb8b60eb"),
-    "affine": (1, "87cb898e68603dc1"),
-    "fold": (1, "0a42448878347c00"),
+    "resident": (1, "6d91635e1b530dc2"),
+    "persistent": (1, "7d3323176987e867"),
+    "split": (1, "007dc73a1aa2993a"),
+    "affine": (1, "f5a25837e5a9b4cf"),
+    "group_resident": (1, "c40019f728397ec3"),
+    "group_split": (1, "71fa8680461d7a4c"),
+    "masked": (1, "a50ebda1ee2abca2"),
+    "fold": (1, "fcacc54be6b56ed7"),
 }
 
 
@@ -74,7 +77,7 @@ def fingerprint(name: str) -> str:
     return hashlib.sha256("\0".join(words).encode()).hexdigest()[:16]
 
 
-ALL = [a.name for a in (*ALGORITHMS, *GROUP_ALGORITHMS, *FOLDS)]
+ALL = [a.name for a in (*ALGORITHMS, *GROUP_ALGORITHMS, *OTHER_FORMS["masked"], *FOLDS)]
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -13,6 +13,7 @@ from tests import tuned
 from tritonnorm.device import INTERPRETER, KNOWN
 from tritonnorm.kernels import ALGORITHMS, FOLDS, GROUP_ALGORITHMS
 from tritonnorm.kernels.group_split import GroupSplit
+from tritonnorm.kernels.masked_launches import Masked
 from tritonnorm.kernels.split import Split
 from tritonnorm.problem import FoldProblem, Problem
 from tritonnorm.tune import scratch
@@ -58,6 +59,31 @@ def test_what_is_right_passes(p: Problem) -> None:
     assert len(trial.sets) >= 2
     for candidate in candidates(p):
         trial.check(candidate)
+
+
+MASKED = [
+    small(form="masked", activity="smooth"),
+    small(form="masked", channels_last=True, batch_statistics=False),
+    small("backward", form="masked", channels_last=True, activity="two_valued"),
+    small("backward", form="masked", batch_statistics=False, activity="smooth"),
+    small("backward", form="masked", needs_dx=False),
+    small("backward", form="masked", batch_statistics=False, needs_dparams=False),
+    replace(small("backward", form="masked"), dtype=torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize("p", MASKED, ids=lambda p: f"{p.direction} {p.activity} {p.dtype}")
+def test_sequences(p: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padding included; what is written to it is noticed."""
+    trial = NormTrial(p, CPU, SMALL)
+    configs = Masked().configs(p, H200)
+    for config in configs:
+        trial.check(("masked", config))
+    if p.needs_dx:
+        name = "y" if p.direction == "forward" else "dx"
+        breaks(monkeypatch, lambda a: getattr(a, name)[:, :, -1].fill_(1.0), Masked)
+        with pytest.raises(Wrong, match=f"{name} is wrong"):
+            trial.check(("masked", configs[0]))
 
 
 def test_strided_input() -> None:

@@ -46,7 +46,10 @@ GROUPS = [
 ]
 
 
-@pytest.mark.parametrize("p", [*PROBLEMS[::7], *GROUPS, tuned.FOLD], ids=str)
+FORMS = [tuned.problem(form=form, activity="smooth") for form in ("synced", "masked")]
+
+
+@pytest.mark.parametrize("p", [*PROBLEMS[::7], *FORMS, *GROUPS, tuned.FOLD], ids=str)
 def test_a_key_is_the_problem(p: Problem) -> None:
     key = Key.of(p)
     again = Key.from_json(json.loads(json.dumps(key.to_json())))
@@ -60,7 +63,7 @@ def test_a_key_knows_all_that_a_problem_has() -> None:
     """A new field of a problem belongs into the key, or two problems share their tuned results."""
     assert {f.name for f in fields(Problem)} == {
         *("direction", "batch_statistics", "view", "dtype", "activity", "residual", "mask"),
-        *("needs_dx", "needs_dresidual", "needs_dparams"),
+        *("needs_dx", "needs_dresidual", "needs_dparams", "form"),
     }
     assert {f.name for f in fields(GroupProblem)} == {
         *("direction", "view", "groups", "rows", "centred", "dtype", "activity", "residual"),
@@ -84,6 +87,8 @@ def test_keys_tell_apart_what_runs_other_code() -> None:
         replace(p, view=replace(p.view, p=198)),  # rows are no multiple of four
         replace(p, view=replace(p.view, strides=(1 << 20, 196, 1))),
         replace(p, direction="backward", needs_dx=False),
+        replace(p, form="synced"),
+        replace(p, form="masked"),
     ]
     groups = {Key.of(other).group for other in [p, *others]}
     assert len(groups) == len(others) + 1

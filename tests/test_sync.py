@@ -12,11 +12,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tritonnorm
+from bench.lab.traffic import trace
 from tests import matrix
 from tests.cases import LAYOUTS
 from tests.ranks import Ranks, parts
+from tests.test_observe import rehearsed
 from tritonnorm import SyncBatchNorm, force_plan
 from tritonnorm.activation import apply, resolve
+from tritonnorm.device import KNOWN, simulated
+from tritonnorm.explanation import explain
+from tritonnorm.observe import observe
+from tritonnorm.tune.key import Key
 
 
 @dataclass(frozen=True)
@@ -325,3 +331,24 @@ def test_bad_input_is_refused_before_any_collective(pool: Ranks) -> None:
             messages, ("at least 2D", "channel", "running_mean", "residual", "input"), strict=True
         ):
             assert text in message
+
+
+def observed_of_rank(rank: int, group: Any) -> tuple[list[str], list[str], list[Any], str]:
+    """What is explained to a rank, what is rehearsed, and what runs."""
+    bn = SyncBatchNorm(8, process_group=group, activation="relu")
+    x = torch.randn(2 + rank, 8, 5, 5, requires_grad=True)
+    with simulated(KNOWN["h200"]):
+        calls = observe(bn, x, modes=("train",))
+        keys = [Key.of(p) for call in calls for p, _ in call.problems]
+        with trace() as seen:
+            bn(x).sum().backward()
+        ran = [launch.kernel for launch in seen.launches]
+        return rehearsed(calls), ran, keys, str(explain(bn, x))
+
+
+def test_a_rank_is_observed(pool: Ranks) -> None:
+    for planned, ran, keys, said in pool.run(observed_of_rank, world=2):
+        assert planned == ran and len(ran) == 7
+        assert ["synced" in key.flags for key in keys] == [True] * 4
+        assert len(set(keys)) == 3 and keys[2] == keys[3]  # both stages of a backward ask alike
+        assert said.count("-> split (formula)") == 3 and "resident" not in said

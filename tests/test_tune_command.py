@@ -19,10 +19,11 @@ from tests.test_tuning import everything
 from tritonnorm.cli import tuning, tuning_view
 from tritonnorm.cli.main import main
 from tritonnorm.device import KNOWN
+from tritonnorm.norms import swap
 from tritonnorm.tune import problems, session, standing
 from tritonnorm.tune.jobs import Job, Result
 from tritonnorm.tune.key import Key
-from tritonnorm.tune.networks import NETWORKS, NORM_NETWORKS, diffusion_unet
+from tritonnorm.tune.networks import NETWORKS, NORM_NETWORKS, NormLayer, diffusion_unet
 from tritonnorm.tune.store import UserCache, append_line, read_table, write_table
 
 H200 = KNOWN["h200"]
@@ -63,6 +64,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
 
 def model() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(2))
+
+
+def transformer() -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 32), nn.LayerNorm(32), nn.Linear(32, 32), nn.RMSNorm(32))
 
 
 def tune(*arguments: object) -> int:
@@ -138,6 +143,21 @@ def test_a_layer_is_the_problem_that_the_operators_have() -> None:
             assert {Key.of(p) for p in expected} == found, (activation, residual)
 
 
+def test_a_norm_is_the_problem_that_the_operators_have() -> None:
+    from tritonnorm.device import simulated
+    from tritonnorm.observe import observe
+
+    group, rows = NormLayer(8, (6, 6), 2, "silu"), NormLayer(24, (5,), centred=False)
+    for layer, norm, shape in (
+        (group, tritonnorm.GroupNorm(2, 8, activation="silu"), (2, 8, 6, 6)),
+        (rows, tritonnorm.RMSNorm(24), (2, 5, 24)),
+    ):
+        with simulated(H200):
+            calls = observe(norm, torch.randn(shape, requires_grad=True))
+        found = {Key.of(p) for c in calls for p, _ in c.problems}
+        assert found == {Key.of(p) for p in problems.of_norm(layer, 2, torch.float32)}
+
+
 def test_a_file_of_shapes(tmp_path: Path) -> None:
     path = tmp_path / "shapes.jsonl"
     append_line(path, Key.of(tuned.problem()).to_json())
@@ -161,6 +181,19 @@ def test_a_model(gpu: list[Job], cache: UserCache, capsys: pytest.CaptureFixture
     assert {k.dtype for k in keys[1:]} == {"bfloat16"} and keys[1].shape == (4, 16, 256)
     assert len(cache.entries()) == 4
     assert "4 of 4 problems have a result now" in capsys.readouterr().out
+
+
+def test_a_model_of_other_norms(gpu: list[Job], cache: UserCache) -> None:
+    """What `replace` makes of a model."""
+    arguments = ("--model", "tests.test_tune_command:transformer", "--input", "4x10x8")
+    assert tune(*arguments, "--layout", "NCHW", "--norms", *tuning.NORMS) == 0
+    keys = [job.key for job in gpu]
+    assert sorted(k.op for k in keys) == ["group backward"] * 2 + ["group forward"] * 2
+    assert (
+        set(tuning.NORMS) == set(swap.NORMS)
+        and {k.shape for k in keys} == {(1, 32, 40, 1)}
+        and len(cache.entries()) == 4
+    )
 
 
 def test_what_it_says(gpu: list[Job], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

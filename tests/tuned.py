@@ -48,8 +48,13 @@ def entry(
 ) -> Entry:
     """An entry; by default the last candidate of the algorithm, which no formula takes."""
     of = of or problem()
-    if config is None:
-        chosen = next(a for a in algorithms_for(of) if a.name == algorithm)
-        config = chosen.configs(of, device)[-1]
+    config = config or last(of, algorithm, device)
     settings = {"revision": REVISIONS[algorithm], "us": 10.0, "formula_us": 12.0, **options}
     return Entry(device.identity, Key.of(of), algorithm, vars(config), **settings)
+
+
+def last(of: Shape, algorithm: str, device: Device = H200) -> Config:
+    """The last candidate of an algorithm."""
+    chosen = next(a for a in algorithms_for(of) if a.name == algorithm)
+    found: Config = chosen.configs(of, device)[-1]
+    return found

@@ -117,6 +117,10 @@ def _without_values(model: nn.Module, fake: FakeTensorMode) -> nn.Module:
         if isinstance(t, nn.Parameter):
             twin = nn.Parameter(twin, requires_grad=t.requires_grad)
         memo[id(t)] = twin
+    if torch.distributed.is_available():  # a process group cannot be copied
+        values = (value for m in model.modules() for value in vars(m).values())
+        groups = (v for v in values if isinstance(v, torch.distributed.ProcessGroup))
+        memo.update({id(group): group for group in groups})
     return copy.deepcopy(model, memo)
 
 

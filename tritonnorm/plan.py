@@ -139,7 +139,8 @@ def force_plan(algorithm: str, config: Config | None = None) -> Iterator[None]:
 
     Args:
         algorithm: "resident", "persistent", "split" or "affine" for batch norms, "group_resident"
-            or "group_split" for the other norms; "fold" for the fold of a frozen model; "formula"
+            or "group_split" for the other norms, "masked" for padded sequences, "fold" for the fold
+            of a frozen model; "formula"
             for what is chosen without tuned results.
         config: its configuration; the formula's if None.
 

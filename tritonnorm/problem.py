@@ -13,6 +13,9 @@ import torch
 FEW_ROWS = 32
 
 Activity = Literal["none", "two_valued", "smooth"]
+#: What a batch norm is over: its tensor; the batches of several ranks, with a collective between
+#: the passes; or the valid positions of padded sequences.
+Form = Literal["plain", "synced", "masked"]
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,7 @@ class Problem:
         residual: whether a residual is added before the activation.
         mask: whether a bit mask is written (forward) or read in place of the residual (backward).
         needs_dx, needs_dresidual, needs_dparams: which gradients a backward computes.
+        form: what it is over; each form has its own algorithms.
     """
 
     direction: Literal["forward", "backward"]
@@ -130,6 +134,7 @@ class Problem:
     needs_dx: bool = True
     needs_dresidual: bool = False
     needs_dparams: bool = True
+    form: Form = "plain"
 
     @property
     def bytes(self) -> int:
@@ -195,7 +200,8 @@ class Problem:
     def __str__(self) -> str:
         view = self.view
         order = "[P, C]" if view.channels_last else "[N, C, P]"
-        return f"N={view.n} C={view.c} P={view.p} in order {order}"
+        form = "" if self.form == "plain" else f", {self.form}"
+        return f"N={view.n} C={view.c} P={view.p} in order {order}{form}"
 
 
 def minimum_bytes(problem: Problem) -> int:

@@ -6,6 +6,7 @@ from rich.console import Console
 
 from bench.audit.compile import GPUS, cases, compile_jobs, in_order
 from bench.audit.layers import count_twins, layer_cases, layer_rows, layer_table
+from bench.audit.others import other_calls, other_cases
 from bench.audit.tables import (
     compile_summary,
     compile_table,
@@ -27,8 +28,10 @@ def main(console: Console, quick: bool = False, processes: int = 2) -> int:
     """
     layers = layer_rows(quick)
     todo = cases(quick) + layer_cases(layers, ("sm_90",) if quick else tuple(GPUS))
+    todo += other_cases(quick)
+    calls = [*layer_calls(quick), *other_calls(quick)]
     jobs = [
-        Job("traffic", count_all, (layer_calls(quick),), interpret=True, threads=1),
+        Job("traffic", count_all, (calls,), interpret=True, threads=1),
         Job("twins", count_twins, (layers,), interpret=True, threads=1),
         *compile_jobs(todo, processes),
     ]

@@ -18,7 +18,7 @@ from bench.layers import RESNET50, twin
 from bench.norm_call import NormCall
 from bench.processes import Progress, silent
 from tritonnorm.device import KNOWN, Device, simulated
-from tritonnorm.kernels import ALGORITHMS, BY_NAME
+from tritonnorm.kernels import BY_NAME, algorithms_for
 from tritonnorm.kernels.base import Config
 from tritonnorm.plan import fewest_bytes, force_plan, plan
 
@@ -159,15 +159,19 @@ def layer_calls(quick: bool = False) -> list[Call]:
     ]
 
 
-def _units(calls: Sequence[Call], device: Device) -> Iterator[tuple[Call, str]]:
+def _units(
+    calls: Sequence[Call | NormCall], device: Device
+) -> Iterator[tuple[Call | NormCall, str]]:
     for call in calls:
-        for algorithm in ALGORITHMS:
+        for algorithm in algorithms_for(call.problem("forward")):
             if all(algorithm.supports(call.problem(d), device) is None for d in DIRECTIONS):
                 yield call, algorithm.name
 
 
 def count_all(
-    progress: Progress = silent, calls: Sequence[Call] | None = None, device: str = "h200"
+    progress: Progress = silent,
+    calls: Sequence[Call | NormCall] | None = None,
+    device: str = "h200",
 ) -> list[TrafficRow]:
     """`count` every call with all algorithms that support it, configured for a known device."""
     units = list(_units(layer_calls() if calls is None else calls, KNOWN[device]))

@@ -1,39 +1,19 @@
-"""The compile audit of the algorithms for group norms: no spills, no stack, wide accesses."""
+"""The compile audit of group norms and of sequences: no spills, no stack, wide accesses."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
-import torch
 
 from bench.audit.compile import CompileCase, audit
+from bench.audit.others import other_cases
 from bench.audit.tables import compile_summary
 from bench.norm_call import NormCall
 
 FUSED: dict[str, Any] = {"activation": "silu", "residual": True}
-PAIRS = (("sm_80", "gfx942"), ("sm_90", "sm_100"))
-# Rows, groups and channels, in both orders, by both algorithms; each for two targets in turn.
-CALLS = [
-    (NormCall("layer", (4096, 1024), **FUSED), "group_resident"),
-    (NormCall("rms", (4096, 4096), dtype=torch.float32), "group_resident"),
-    (NormCall("layer", (4096, 8192)), "group_resident"),
-    (NormCall("layer", (1 << 14, 64), dtype=torch.float16), "group_resident"),
-    (NormCall("rms", (64, 1 << 17), activation="gelu", residual=True), "group_split"),
-    (NormCall("layer", (64, 1 << 15), dtype=torch.float64, activation="relu"), "group_split"),
-    (NormCall("group", (4, 1280, 16, 16), **FUSED), "group_resident"),
-    (NormCall("group", (4, 640, 16, 16), channels_last=True, **FUSED), "group_resident"),
-    (NormCall("group", (4, 320, 64, 64), **FUSED), "group_split"),
-    (NormCall("group", (4, 320, 64, 64), channels_last=True, **FUSED), "group_split"),
-    (NormCall("instance", (8, 64, 32, 32), **FUSED), "group_resident"),
-    (NormCall("instance", (8, 64, 16, 16), channels_last=True, **FUSED), "group_resident"),
-    (NormCall("instance", (2, 64, 96, 96), dtype=torch.float32, **FUSED), "group_split"),
-]
-CASES = [
-    CompileCase(call, algorithm, target, every_config=False)
-    for i, (call, algorithm) in enumerate(CALLS)
-    for target in PAIRS[i % 2]
-]
+CASES = other_cases()
+LAUNCHES = {"group_resident": (1, 2), "group_split": (3, 4), "masked": (3, 3)}
 
 
 def name(case: CompileCase) -> str:
@@ -46,7 +26,7 @@ def test_compiles_well(case: CompileCase) -> None:
     rows = audit(case)
     assert not [row for row in rows if row.faults], compile_summary(rows)
     for row in rows:
-        forward, backward = {"group_resident": (1, 2), "group_split": (3, 4)}[case.algorithm]
+        forward, backward = LAUNCHES[case.algorithm] if case.call.training else (1, 2)
         assert row.launches == (forward if row.direction == "forward" else backward)
         assert row.report.registers > 0
 

@@ -68,6 +68,32 @@ def test_a_learned_slope(log: FakeDriver, slopes: int, dtype: torch.dtype) -> No
     assert log.launches and log.variant_count() == compiled
 
 
+class Norms(nn.Module):
+    """One of each of the other norms, and sequences."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.group = tritonnorm.GroupNorm(4, 16, activation="silu")
+        self.instance = tritonnorm.InstanceNorm2d(16)
+        self.layer, self.rms = tritonnorm.LayerNorm(64), tritonnorm.RMSNorm(64)
+        self.masked = tritonnorm.MaskedBatchNorm1d(16, momentum=None, activation="relu")
+        self.register_buffer("lengths", torch.tensor([64, 1, 0, 30]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.rms(self.layer(self.instance(self.group(x, residual=x)).flatten(2)))
+        return self.masked(x, lengths=self.lengths)
+
+
+def test_the_other_norms(log: FakeDriver) -> None:
+    model, x = Norms(), torch.randn(4, 16, 8, 8, requires_grad=True)
+    warm = tritonnorm.warmup(model, x)
+    assert log.launches == [] and warm.compiled == warm.launches > 12
+    compiled = log.variant_count()
+    step(model, x)
+    assert len(log.launches) > 12 and log.variant_count() == compiled
+    assert tritonnorm.warmup(model.train(), x).compiled == 0
+
+
 def test_a_model_whose_batch_norms_are_fixed(log: FakeDriver) -> None:
     """Batch norms in eval mode with gradients: a backward with given statistics."""
     model, x = net(), torch.randn(4, 3, 18, 18)

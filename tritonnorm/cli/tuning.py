@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["add_to"]
 
+NORMS = ("batch", "group", "layer", "instance", "rms")
 PRESETS = (
     *("resnet50", "efficientnet_b0", "densenet121", "unet3d", "mobilenet_v3"),
     *("diffusion_unet", "transformer"),
@@ -33,6 +34,9 @@ def add_to(commands: Any, model_options: Callable[..., None]) -> None:
     c.add_argument("--preset", action="append", default=[], choices=PRESETS, help="again for more")
     c.add_argument("--shapes", type=Path, metavar="FILE", help="lines of TRITONNORM_RECORD or NxC")
     model_options(c, required=False)
+    c.add_argument(
+        *("--norms",), nargs="+", default=["batch"], choices=NORMS, help="of --model: to replace"
+    )
     c.add_argument("--freeze", action="store_true", help="freeze the model: tunes its fold, too")
     c.add_argument("--batch", type=int, metavar="N", help="of a preset, in place of its usual one")
     c.add_argument(
@@ -145,7 +149,7 @@ def _problems(options: argparse.Namespace, device: Device) -> Iterator[Shape]:
             frozen, _ = tritonnorm.freeze(copy.deepcopy(model).eval(), inputs)
             for sources in _launches(frozen, device):
                 yield problem_of(sources)
-        model, _ = tritonnorm.replace(model, example_inputs=inputs)
+        model, _ = tritonnorm.replace(model, norms=options.norms, example_inputs=inputs)
         yield from problems.from_model(model, inputs, device, dtypes, layouts)
 
 

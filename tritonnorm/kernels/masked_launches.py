@@ -2,206 +2,174 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from tritonnorm.device import Device
-from tritonnorm.problem import View
+from tritonnorm.problem import Problem, minimum_bytes
 
 from . import masked
-from .base import EpilogueArguments, Launch, cdiv, next_power_of_2
-from .streaming import COMBINE, combine_sums_kernel
-from .tiling import PROGRAMS_PER_SM, TILE, TILE_FLOAT64, power_of_two_blocks
+from .base import (
+    BackwardArguments,
+    Config,
+    EpilogueArguments,
+    ForwardArguments,
+    Launch,
+    cdiv,
+    next_power_of_2,
+)
+from .split import Split
+from .streaming import COMBINE, combine_sums_launch, partial_sums
+from .tiling import PROGRAMS_PER_SM, TILE, TILE_FLOAT64, power_of_two_blocks, splits_for
 
 # Positions of a tile of [N, C, L] data: 1 KiB of 16-bit values. The rest of the tile is channels,
 # which share one reading of the mask.
 ROW = 512
 
 
-@dataclass(frozen=True)
-class MaskedShape:
-    """What the launches depend on: the view of the input (one of the two dense orders), its dtype,
-    the tile, and among how many programs the chunks of a channel block are split."""
+@dataclass(slots=True)
+class MaskedForward(ForwardArguments):
+    """Those of a batch norm, without residual and its mask; x is dense."""
 
-    view: View
-    dtype: torch.dtype
-    block_c: int
-    block_n: int
-    block_p: int
-    splits: int
+    keep: Tensor  # uint8 [N, P], 0 is padding
+    count: Tensor | None  # [1] accumulator dtype, valid positions, written; or None: not counted
 
-    @classmethod
-    def of(cls, view: View, dtype: torch.dtype, device: Device) -> MaskedShape:
+
+@dataclass(slots=True)
+class MaskedBackward(BackwardArguments):
+    """The same. Without a count the statistics were given."""
+
+    keep: Tensor  # uint8 [N, P]
+    count: Tensor | None  # [1] accumulator dtype
+
+
+class Masked(Split):
+    """`split` over valid positions, of which only the GPU knows how many there are.
+
+    Bytes and times are those of a batch without padding; a tile that is all padding is not read.
+    """
+
+    name = "masked"
+
+    def supports(self, problem: Problem, device: Device) -> str | None:
+        return None
+
+    def heuristic(self, problem: Problem, device: Device) -> Config:
         """Tiles of half the elements that `streaming` takes, and splits that fill the device.
 
         With 4096 the compile audit finds 16 spills on gfx942 (mish in float32, backward).
         """
-        elements = TILE_FLOAT64 if dtype == torch.float64 else TILE // 2
-        if view.channels_last:
-            block_c, block_n = min(64, next_power_of_2(view.c)), 1
-            block_p = min(next_power_of_2(view.p), elements // block_c)
-        else:
-            block_p = power_of_two_blocks(view.p, min(ROW, elements), 64)
-            block_c = min(next_power_of_2(view.c), max(1, elements // block_p), 8)
-            block_n = min(next_power_of_2(view.n), max(1, elements // (block_p * block_c)))
-        shape = cls(view, dtype, block_c, block_n, block_p, 1)
-        wanted = cdiv(device.sms * PROGRAMS_PER_SM, shape.channel_blocks)
-        return shape.split(max(1, min(wanted, shape.chunks)))
+        return _tiled(problem, device, _elements(problem), PROGRAMS_PER_SM)
 
-    def split(self, splits: int) -> MaskedShape:
-        """The same with other splits, less those that would be empty."""
-        per_split = cdiv(self.chunks, splits)
-        splits = cdiv(self.chunks, per_split)
-        tiles = (self.block_c, self.block_n, self.block_p)
-        return MaskedShape(self.view, self.dtype, *tiles, splits)
-
-    @property
-    def chunks(self) -> int:
-        return cdiv(self.view.n, self.block_n) * cdiv(self.view.p, self.block_p)
-
-    @property
-    def channel_blocks(self) -> int:
-        return cdiv(self.view.c, self.block_c)
-
-    @property
-    def accumulator(self) -> torch.dtype:
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
-
-    @property
-    def geometry(self) -> dict[str, int | bool]:
-        """The compile-time arguments that describe tiles."""
-        fast = self.view.fast
-        return {
-            "VEC": min(16, fast & -fast),
-            "BLOCK_C": self.block_c,
-            "BLOCK_N": self.block_n,
-            "BLOCK_P": self.block_p,
-            "CHANNELS_LAST": self.view.channels_last,
-        }
-
-
-class MaskedLaunches:
-    """The kernels of one kind of call, with everything fixed but the tensors.
-
-    Args:
-        shape: view, dtype, tiles and splits.
-        epilogue: the activation.
-    """
-
-    def __init__(self, shape: MaskedShape, epilogue: EpilogueArguments) -> None:
-        self.shape = shape
-        view = shape.view
-        per_split = cdiv(shape.chunks, shape.splits)
-        sizes = (view.n, view.c, view.p, per_split, shape.chunks)
-        over_chunks = ((shape.channel_blocks, shape.splits), sizes, 4)
-        over_channels = ((cdiv(view.c, COMBINE["BLOCK_C"]),), (view.c, shape.splits), 4)
-        geometry, forward = shape.geometry, epilogue.forward()
-        del forward["GATE"]
-        accumulator = tl.float64 if shape.accumulator == torch.float64 else tl.float32
-        self._moments = Launch(masked.masked_moments_kernel, *over_chunks, **geometry)
-        self._combine = [
-            Launch(masked.combine_masked_moments_kernel, *over_channels, CUMULATIVE=c, **COMBINE)
-            for c in (False, True)
+    def configs(self, problem: Problem, device: Device) -> list[Config]:
+        usual = _elements(problem)
+        found = [
+            replace(_tiled(problem, device, elements, programs), num_warps=warps)
+            for elements, warps in ((usual, 4), (usual // 2, 4), (usual * 2, 8))
+            for programs in (PROGRAMS_PER_SM, PROGRAMS_PER_SM // 4)
         ]
-        self._apply = [
-            Launch(
-                *(masked.masked_apply_kernel, *over_chunks),
-                **forward,
-                FROM_VARIANCE=given,
-                ACC=accumulator,
-                **geometry,
-            )
-            for given in (False, True)
-        ]
-        backward = epilogue.backward()
-        active = epilogue.functions is not None
-        self._gradient = {
-            reads: Launch(
-                *(masked.masked_gradient_kernel, *over_chunks),
-                **backward,
-                READS_X=reads,
-                **geometry,
-            )
-            for reads in ((True,) if active else (True, False))
-        }
-        self._combine_sums = Launch(combine_sums_kernel, *over_channels, PLANE=1, **COMBINE)
-        self._active = active
+        return list(dict.fromkeys(found))
 
-    def training(
-        self,
-        x: Tensor,
-        keep: Tensor,
-        y: Tensor,
-        statistics: tuple[Tensor, Tensor, Tensor],
-        affine: tuple[Tensor | None, Tensor | None],
-        running: tuple[Tensor | None, Tensor | None, Tensor | None],
-        momentum: float | None,
-        eps: float,
-    ) -> None:
-        """Write y and ``statistics`` (mean, rstd, count), and move ``running`` (mean, variance,
-        counter)."""
-        mean, rstd, count = statistics
-        cumulative = momentum is None and running[2] is not None
-        if cumulative and running[2] is not None:
-            running[2].add_(keep.sum() > 1)  # before the kernels that read it; without a host wait
-        partial = mean.new_empty((3, self.shape.splits, self.shape.view.c))
-        self._moments(x, keep, partial)
-        self._combine[cumulative](
-            partial, mean, rstd, count, *running, eps, 0.0 if momentum is None else momentum
+    def model_bytes(self, problem: Problem, config: Config) -> int:
+        if not problem.batch_statistics:
+            return minimum_bytes(problem)
+        return super().model_bytes(problem, config)
+
+    def forward(
+        self, problem: Problem, config: Config, epilogue: EpilogueArguments
+    ) -> Callable[[MaskedForward], None]:  # type: ignore[override]
+        act = {k: v for k, v in epilogue.forward().items() if k != "GATE"}
+        wide = problem.accumulator == torch.float64
+        apply = _over_chunks(
+            *(masked.masked_apply_kernel, problem, config),
+            **act,
+            FROM_VARIANCE=not problem.batch_statistics,
+            ACC=tl.float64 if wide else tl.float32,
         )
-        self._apply[False](x, keep, y, mean, rstd, *affine, None, None, eps)
+        if not problem.batch_statistics:
 
-    def inference(
-        self,
-        x: Tensor,
-        keep: Tensor,
-        y: Tensor,
-        saved: tuple[Tensor | None, Tensor | None],
-        affine: tuple[Tensor | None, Tensor | None],
-        running: tuple[Tensor, Tensor],
-        eps: float,
-    ) -> None:
-        """Write y from given statistics, and those to ``saved`` (mean, rstd) for backward."""
-        self._apply[True](x, keep, y, *running, *affine, *saved, eps)
+            def given(a: MaskedForward) -> None:
+                statistics = (a.running_mean, a.running_var)
+                apply(a.x, a.keep, a.y, *statistics, a.weight, a.bias, a.mean, a.rstd, a.eps)
+
+            return given
+        c, splits = problem.view.c, splits_for(config, problem)[0]
+        moments = _over_chunks(masked.masked_moments_kernel, problem, config)
+        grid = (cdiv(c, COMBINE["BLOCK_C"]),)
+        kernel = masked.combine_masked_moments_kernel
+        combine = [
+            Launch(kernel, grid, (c, splits), 4, CUMULATIVE=cumulative, **COMBINE)
+            for cumulative in (False, True)
+        ]
+
+        def run(a: MaskedForward) -> None:
+            assert a.mean is not None
+            cumulative = a.momentum is None and a.counter is not None
+            if cumulative and a.counter is not None:
+                a.counter.add_(a.keep.sum() > 1)  # before what reads it; without a host wait
+            partial = a.mean.new_empty((3, splits, c))
+            moments(a.x, a.keep, partial)
+            combine[cumulative](
+                *(partial, a.mean, a.rstd, a.count, a.running_mean, a.running_var, a.counter),
+                *(a.eps, 0.0 if a.momentum is None else a.momentum),
+            )
+            apply(a.x, a.keep, a.y, a.mean, a.rstd, a.weight, a.bias, None, None, a.eps)
+
+        return run
 
     def backward(
-        self,
-        dy: Tensor,
-        x: Tensor,
-        keep: Tensor,
-        statistics: tuple[Tensor, Tensor, Tensor | None],
-        affine: tuple[Tensor | None, Tensor | None],
-        gradients: Sequence[Tensor | None],
-    ) -> None:
-        """Write ``gradients`` (dx, dweight, dbias; None is not computed). Without a count the
-        statistics were given."""
-        mean, rstd, count = statistics
-        dx, dweight, dbias = gradients
-        parameters = dweight is not None or dbias is not None
-        vectors = (mean, rstd, *affine)
-        sums = parameters or (count is not None and dx is not None)
-        corrects = count is not None and dx is not None
-        reads = sums or self._active
-        partial = whole = None
-        if sums:
-            partial = rstd.new_empty((2, self.shape.splits, self.shape.view.c))
-            early = None if corrects else dx  # of given statistics all gradients are one pass
-            self._gradient[reads](dy, x, keep, early, *vectors, partial, None, None)
-            whole = rstd.new_empty((2, self.shape.view.c)) if corrects else None
-            self._combine_sums(partial, rstd, whole, dweight, dbias, None)
-        if dx is not None and (corrects or not sums):
-            self._gradient[reads](dy, x, keep, dx, *vectors, None, whole, count)
+        self, problem: Problem, config: Config, epilogue: EpilogueArguments
+    ) -> Callable[[MaskedBackward], None]:  # type: ignore[override]
+        sums = problem.sums
+        corrects = problem.batch_statistics and problem.needs_dx
+        gradient = _over_chunks(
+            *(masked.masked_gradient_kernel, problem, config),
+            **epilogue.backward(),
+            READS_X=sums or problem.activity != "none",
+        )
+        combine = combine_sums_launch(problem, config)
+
+        def run(a: MaskedBackward) -> None:
+            vectors = (a.mean, a.rstd, a.weight, a.bias)
+            whole = None
+            if sums:
+                partial = partial_sums(problem, config, a)
+                early = None if corrects else a.dx  # of given statistics all is one pass
+                gradient(a.dy, a.x, a.keep, early, *vectors, partial, None, None)
+                whole = a.rstd.new_empty((2, problem.view.c)) if corrects else None
+                combine(a, partial, whole)
+            if corrects or not sums:
+                gradient(a.dy, a.x, a.keep, a.dx, *vectors, None, whole, a.count)
+
+        return run
 
 
-@lru_cache(maxsize=4096)
-def launches(
-    view: View, dtype: torch.dtype, device: Device, activation: str, args: tuple[float, ...]
-) -> MaskedLaunches:
-    """The launches of a kind of call, made once."""
-    shape = MaskedShape.of(view, dtype, device)
-    return MaskedLaunches(shape, EpilogueArguments.named(activation, args))
+def _elements(problem: Problem) -> int:
+    return TILE_FLOAT64 if problem.dtype == torch.float64 else TILE // 2
+
+
+def _tiled(problem: Problem, device: Device, elements: int, programs_per_sm: int) -> Config:
+    """A tile of so many elements, and splits for so many programs on each multiprocessor."""
+    view, block_n = problem.view, 1
+    if view.channels_last:
+        block_c = min(64, next_power_of_2(view.c))
+        block_p = min(next_power_of_2(view.p), elements // block_c)
+    else:
+        block_p = power_of_two_blocks(view.p, min(ROW, elements), 64)
+        block_c = min(next_power_of_2(view.c), max(1, elements // block_p), 8)
+        block_n = min(next_power_of_2(view.n), max(1, elements // (block_p * block_c)))
+    config = Config(block_c, block_n, block_p)
+    wanted = cdiv(device.sms * programs_per_sm, config.channel_blocks(problem))
+    return replace(config, splits=max(1, min(wanted, config.chunks(problem))))
+
+
+def _over_chunks(kernel: object, problem: Problem, config: Config, **meta: object) -> Launch:
+    """A kernel whose programs are channel blocks by splits."""
+    splits, per_split, chunks = splits_for(config, problem)
+    view, grid = problem.view, (config.channel_blocks(problem), splits)
+    sizes = (view.n, view.c, view.p, per_split, chunks)
+    return Launch(kernel, grid, sizes, config.num_warps, **meta, **config.geometry(problem))

@@ -7,8 +7,9 @@ namespace ``tritonnorm``. The input is ``[N, C, L]`` in one of two memory orders
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,10 +17,12 @@ from torch import Tensor
 from tritonnorm import reference
 from tritonnorm.activation import ACTIVATIONS
 from tritonnorm.device import Device
-from tritonnorm.kernels.masked_launches import MaskedLaunches, launches
+from tritonnorm.kernels.masked_launches import MaskedBackward, MaskedForward
 from tritonnorm.operators import implement
 from tritonnorm.ops import vector_of
-from tritonnorm.problem import View
+from tritonnorm.plan import Forced, forced, on_change
+from tritonnorm.problem import Problem, View
+from tritonnorm.recipe import activity, decided, prepared
 
 _library = torch.library.Library("tritonnorm", "FRAGMENT")
 _tags = (torch.Tag.pt2_compliant_tag,)
@@ -61,17 +64,43 @@ def _dense(x: Tensor, like: Tensor) -> Tensor:
     return x if x.stride() == like.stride() else torch.empty_like(like).copy_(x)
 
 
-def _launches(
-    dense: Tensor, like: Tensor, activation: str, args: Sequence[float]
-) -> MaskedLaunches:
+@lru_cache(maxsize=16384)
+def recipe(
+    direction: Literal["forward", "backward"],
+    sizes: tuple[int, ...],
+    channels_last: bool,
+    dtype: torch.dtype,
+    device: Device,
+    overrule: Forced | None,
+    batch_statistics: bool,
+    activation: str,
+    activation_args: tuple[float, ...],
+    needs: tuple[bool, ...] = (True, True, True),
+) -> Callable[[Any], None]:
+    """What launches the kernels for tensors of a kind, made once."""
+    n, c, length = sizes
+    view = View(1, c, n * length, True) if channels_last else View(n, c, length, False)
+    problem = Problem(
+        *(direction, batch_statistics, view, dtype, activity(activation)),
+        needs_dx=needs[0],
+        needs_dparams=needs[1] or needs[2],
+        form="masked",
+    )
+    chosen = decided(problem, device, overrule)
+    return prepared(problem, device, chosen, activation, activation_args)
+
+
+on_change(recipe.cache_clear)
+
+
+def _recipe(
+    direction: Literal["forward", "backward"], dense: Tensor, like: Tensor, *kind: Any
+) -> Callable[[Any], None]:
     """By sizes and memory order of a dense tensor; ``like`` tells the device."""
-    n, c, length = dense.shape
     # (N, C, 1) is contiguous in both orders; its rows of channels are the better tiles.
-    if dense.mT.is_contiguous():
-        view = View(1, c, n * length, channels_last=True)
-    else:
-        view = View(n, c, length, channels_last=False)
-    return launches(view, like.dtype, Device.of(like.device), activation, tuple(args))
+    channels_last = dense.mT.is_contiguous()
+    device = Device.of(like.device)
+    return recipe(direction, dense.shape, channels_last, like.dtype, device, forced(), *kind)
 
 
 def _statistics(x: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
@@ -98,9 +127,13 @@ def _training(
     y = _dense_like(input)
     mean, rstd = _statistics(input, True)
     count = mean.new_empty(1)
-    _launches(y, input, activation, activation_args).training(
-        *(_dense(input, y), keep, y, (mean, rstd, count)),
-        *((vector_of(weight), vector_of(bias)), running, momentum, eps),
+    run = _recipe("forward", y, input, True, activation, tuple(activation_args))
+    affine = (vector_of(weight), vector_of(bias))
+    run(
+        MaskedForward(
+            *(_dense(input, y), y, mean, rstd, None, None, *affine, *running, momentum, eps),
+            *(keep, count),
+        )
     )
     return y, mean, rstd, count
 
@@ -119,9 +152,11 @@ def _inference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     y = _dense_like(input)
     mean, rstd = _statistics(input, save_statistics)
-    _launches(y, input, activation, activation_args).inference(
-        *(_dense(input, y), keep, y, (mean, rstd) if save_statistics else (None, None)),
-        *((vector_of(weight), vector_of(bias)), (running_mean, running_var), eps),
+    saved = (mean, rstd) if save_statistics else (None, None)
+    run = _recipe("forward", y, input, False, activation, tuple(activation_args))
+    vectors = (vector_of(weight), vector_of(bias), running_mean, running_var)
+    run(
+        MaskedForward(_dense(input, y), y, *saved, None, None, *vectors, None, 0.0, eps, keep, None)
     )
     return y, mean, rstd
 
@@ -143,9 +178,14 @@ def _backward(
     outputs = _gradients(input, weight, bias, needs)
     like = _dense_like(input)
     wanted = [t if n else None for t, n in zip(outputs, needs, strict=True)]
-    _launches(like, input, activation, activation_args).backward(
-        *(_dense(grad, like), _dense(input, like), keep, (mean, rstd, count)),
-        *((vector_of(weight), vector_of(bias)), wanted),
+    dx, dweight, dbias = wanted
+    kind = (count is not None, activation, tuple(activation_args), tuple(needs))
+    run = _recipe("backward", like, input, *kind)
+    run(
+        MaskedBackward(
+            *(_dense(grad, like), _dense(input, like), mean, rstd, None, None),
+            *(vector_of(weight), vector_of(bias), dx, None, dweight, dbias, keep, count),
+        )
     )
     return outputs
 

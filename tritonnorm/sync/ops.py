@@ -16,12 +16,17 @@ from torch import Tensor
 
 from tritonnorm.device import Device
 from tritonnorm.kernels import synced
-from tritonnorm.kernels.base import BackwardArguments, EpilogueArguments, ForwardArguments
+from tritonnorm.kernels.base import (
+    BackwardArguments,
+    EpilogueArguments,
+    ForwardArguments,
+    made_for,
+)
 from tritonnorm.operators import implement
 from tritonnorm.ops import dense_like, unwatched, vector_of
-from tritonnorm.plan import Forced, choose, forced
+from tritonnorm.plan import Forced, forced, on_change
 from tritonnorm.problem import Problem
-from tritonnorm.recipe import activity, view_of
+from tritonnorm.recipe import activity, decided, view_of
 
 _library = torch.library.Library("tritonnorm", "FRAGMENT")
 _tags = (torch.Tag.pt2_compliant_tag,)
@@ -68,10 +73,11 @@ def _stage(
     needs: tuple[bool, bool, bool] = (False, False, False),  # dx, dresidual, dweight or dbias
     ranks: int = 1,
 ) -> Stage:
-    """Made once for all calls that are alike. The plan is always one of `split`."""
+    """Made once for all calls that are alike. The plan is always one of `split`, and the two
+    stages of a backward ask for the same."""
     view, dense, copies = view_of(sizes, strides)
     kind, forward = activity(activation), name in ("moments", "apply_moments")
-    problem = Problem("forward", True, view, dtype, kind, residual, mask)
+    problem = Problem("forward", True, view, dtype, kind, residual, mask, form="synced")
     if not forward:
         dx, dresidual, dparams = needs
         problem = replace(
@@ -81,19 +87,23 @@ def _stage(
             needs_dresidual=dresidual,
             needs_dparams=dparams,
         )
-    config = overrule.config if overrule and overrule.algorithm == "split" else None
-    config = choose(problem, device, (), Forced("split", config)).config
+    asked = replace(problem, needs_dx=True, needs_dresidual=False, needs_dparams=True)
+    config = decided(asked, device, overrule).config
     epilogue = EpilogueArguments.named(activation, activation_args)
     run: Any
-    if name == "moments":
-        run = synced.moments(problem, config)
-    elif name == "apply_moments":
-        run = synced.apply_moments(problem, config, epilogue, ranks)
-    elif name == "gradient_sums":
-        run = synced.gradient_sums(problem, config, epilogue)
-    else:
-        run = synced.apply_gradient_sums(problem, config, epilogue)
+    with made_for((asked, device)):
+        if name == "moments":
+            run = synced.moments(problem, config)
+        elif name == "apply_moments":
+            run = synced.apply_moments(problem, config, epilogue, ranks)
+        elif name == "gradient_sums":
+            run = synced.gradient_sums(problem, config, epilogue)
+        else:
+            run = synced.apply_gradient_sums(problem, config, epilogue)
     return Stage(run, problem, dense, copies)
+
+
+on_change(_stage.cache_clear)
 
 
 def _kind(x: Tensor) -> tuple[Any, ...]:

@@ -74,6 +74,8 @@ class Key:
         else:
             op, sizes = problem.direction, (view.count, view.c)
             flags = ["batch" if problem.batch_statistics else "given"]
+            if problem.form != "plain":
+                flags.append(problem.form)
         if problem.activity != "none":
             flags.append(problem.activity)
         flags += [name for name in _FLAGS if getattr(problem, name, False)]
@@ -203,6 +205,7 @@ class Key:
         if direction == "backward":
             common |= {f"needs_{name}": name in flags for name in _NEEDS}
         if not grouped:
+            common["form"] = next(iter(flags & {"synced", "masked"}), "plain")
             return Problem(batch_statistics="batch" in flags, mask="mask" in flags, **common)
         if not groups[0] or c % groups[0] or (rows and (n, groups[0]) != (1, 1)):
             raise ValueError(f"shape: expected groups of channels, got {_short(self.shape)}")

@@ -13,6 +13,7 @@ REVISIONS: dict[str, int] = {
     "persistent": 1,
     "split": 1,
     "affine": 1,
+    "masked": 1,
     "group_resident": 1,
     "group_split": 1,
     "fold": 1,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from tritonnorm import reference
 from tritonnorm.device import Device
 from tritonnorm.kernels import BY_NAME
 from tritonnorm.kernels.base import BackwardArguments, EpilogueArguments, ForwardArguments
+from tritonnorm.kernels.masked_launches import MaskedBackward, MaskedForward
 from tritonnorm.problem import Problem
 from tritonnorm.tune.search import Candidate, Wrong
 
@@ -115,22 +117,24 @@ class NormTrial:
         return torch.randint(0, 256, shape, dtype=torch.uint8, **options)
 
     def _arguments(self) -> Any:
-        p, x = self.problem, self._input()
+        p, x, keep = self.problem, self._input(), self._keep()
         weight, bias = self._vector(0.5, 1.5), self._vector(-1.0, 1.0)
         mean, var = self._vector(-0.2, 0.2), self._vector(0.5, 1.5)
         if p.direction == "forward":
             saved = (torch.empty_like(mean), torch.empty_like(mean))
-            return ForwardArguments(
+            made = ForwardArguments(
                 *(x, torch.empty_like(self._tensor()), *saved),
                 *(self._tensor() if p.residual else None, self._mask(), weight, bias, mean, var),
                 counter=torch.zeros((), dtype=torch.int64, device=self.where),
                 momentum=0.1 if p.batch_statistics else 0.0,
                 eps=EPS,
             )
+            count = torch.empty_like(mean[:1]) if p.batch_statistics else None
+            return made if keep is None else MaskedForward(*_values(made), keep, count)
         if p.batch_statistics:
-            mean, var = (t.to(mean.dtype) for t in _statistics(x, mean.dtype))
+            mean, var = (t.to(mean.dtype) for t in _statistics(x, keep))
         parameters = p.needs_dparams
-        return BackwardArguments(
+        found = BackwardArguments(
             *(self._tensor(), x, mean, torch.rsqrt(var + EPS)),
             *(self._tensor() if p.reads_residual else None, self._mask(), weight, bias),
             self._output(p.needs_dx),
@@ -138,6 +142,18 @@ class NormTrial:
             torch.empty_like(weight) if parameters else None,
             torch.empty_like(bias) if parameters else None,
         )
+        if keep is None:
+            return found
+        count = keep.sum().to(mean.dtype).reshape(1) if p.batch_statistics else None
+        return MaskedBackward(*_values(found), keep, count)
+
+    def _keep(self) -> Tensor | None:
+        """Of sequences one position in eight is padding, at the end."""
+        view = self.problem.view
+        if self.problem.form != "masked":
+            return None
+        kept = torch.arange(view.p, device=self.where) < view.p - view.p // 8
+        return kept.to(torch.uint8).expand(view.n, view.p).contiguous()
 
     def check(self, candidate: Candidate) -> None:
         """Compute the first set into outputs full of NaN and compare with the reference."""
@@ -165,8 +181,13 @@ def poison(*outputs: Tensor | None) -> None:
             t.fill_(math.nan)
 
 
-def _statistics(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    parts = [reference.statistics(x[:, s].to(torch.float64)) for s in _slices(x)]
+def _values(arguments: Any) -> list[Any]:
+    return [getattr(arguments, f.name) for f in fields(arguments)]
+
+
+def _statistics(x: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+    valid = x if keep is None or x.is_meta else x.movedim(1, 2)[keep != 0]
+    parts = [reference.statistics(valid[:, s].to(torch.float64)) for s in _slices(x)]
     return torch.cat([m for m, _ in parts]), torch.cat([v for _, v in parts])
 
 
@@ -185,15 +206,23 @@ def _part(t: Tensor | None, s: slice) -> Tensor | None:
     return None if t is None else t[s]
 
 
+def _specified(direction: str, a: Any) -> tuple[Any, tuple[Tensor, ...]]:
+    """The specification, and which positions are valid where not all are."""
+    if isinstance(a, MaskedForward | MaskedBackward):
+        return getattr(reference, f"masked_{direction}"), (a.keep != 0,)
+    return getattr(reference, direction), ()
+
+
 def _check_forward(
     a: ForwardArguments, running: Sequence[Tensor | None], p: Problem, activation: str
 ) -> None:
+    spec, where = _specified("forward", a)
     for s in _slices(a.x):
         weight, bias, *old = (
             _part(t, s) for t in (a.weight, a.bias, a.running_mean, a.running_var)
         )
-        expected = reference.forward(
-            a.x[:, s], old[0], old[1], weight, bias, p.batch_statistics, EPS, activation or None,
+        expected = spec(
+            a.x[:, s], *where, *old, weight, bias, p.batch_statistics, EPS, activation or None,
             residual=None if a.residual is None else a.residual[:, s],
         )  # fmt: skip
         compare("y", a.y[:, s], expected.y)
@@ -201,7 +230,7 @@ def _check_forward(
             compare("mean", a.mean[s], expected.mean)
             compare("rstd", a.rstd[s], torch.rsqrt(expected.var + EPS))
         if p.batch_statistics and old[0] is not None and old[1] is not None:
-            count = a.x.numel() // a.x.shape[1]
+            count = int(where[0].sum()) if where else a.x.numel() // a.x.shape[1]
             new = reference.updated_running(
                 (old[0], old[1]), expected.mean, expected.var, count, a.momentum, 1
             )
@@ -215,13 +244,14 @@ def _check_forward(
 
 
 def _check_backward(a: BackwardArguments, p: Problem, activation: str) -> None:
+    spec, where = _specified("backward", a)
     for s in _slices(a.x):
         var = a.rstd[s].double().square().reciprocal() - EPS
         dy, given = a.dy[:, s], activation or None
         if a.mask is not None:  # the gate is what the mask says
             dy, given = torch.where(_bits(a.mask, p)[:, s], dy, torch.zeros_like(dy)), None
-        expected = reference.backward(
-            dy, a.x[:, s], a.mean[s], var, _part(a.weight, s), _part(a.bias, s),
+        expected = spec(
+            dy, a.x[:, s], *where, a.mean[s], var, _part(a.weight, s), _part(a.bias, s),
             p.batch_statistics, EPS, given,
             residual=None if a.residual is None else a.residual[:, s],
         )  # fmt: skip
