@@ -31,7 +31,7 @@ from .tiling import PROGRAMS_PER_SM, TILE, TILE_FLOAT64, power_of_two_blocks, sp
 ROW = 512
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)  # those that it adds have no defaults
 class MaskedForward(ForwardArguments):
     """Those of a batch norm, without residual and its mask; x is dense."""
 
@@ -39,7 +39,7 @@ class MaskedForward(ForwardArguments):
     count: Tensor | None  # [1] accumulator dtype, valid positions, written; or None: not counted
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)  # those that it adds have no defaults
 class MaskedBackward(BackwardArguments):
     """The same. Without a count the statistics were given."""
 
