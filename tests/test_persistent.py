@@ -55,6 +55,9 @@ CASES = [
         )
     ),
     Case((65, 20), **WHOLE),
+    Case((8, 3, 6, 6), activation="prelu", slope="channel"),
+    Case((3, 20, 5, 5), "channels_last", activation="prelu", slope="shared", residual="contiguous"),
+    Case((3, 9, 6, 6), activation="prelu", slope="channel", needs="xs", affine="none"),
     Case((3, 5, 70), activation="hardswish", affine="none", track=False),
     Case((2, 17, 3, 3, 4), "channels_last", activation="relu"),
     Case((9, 3, 5, 6), "channel_slice", **WHOLE),
@@ -76,6 +79,7 @@ def test_matrix(case: Case) -> None:
 CALLS = [
     Call((12, 3, 3, 20), False, torch.bfloat16, "silu", True),
     Call((3, 20, 4, 5), True, torch.float32, "relu", True),
+    Call((12, 3, 3, 20), False, torch.bfloat16, "prelu"),
 ]
 
 

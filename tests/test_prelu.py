@@ -65,6 +65,28 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradgradcheck(ours, given, fast_mode=True)
 
 
+@pytest.mark.parametrize(("shared", "residual"), [(False, True), (True, False)])
+def test_opcheck(shared: bool, residual: bool) -> None:
+    ops = torch.ops.tritonnorm
+    x, dy, z = (torch.randn(3, 5, 2, 4) for _ in range(3))
+    slope, distance = torch.rand(1 if shared else 5), [float(not shared)]
+    weight, bias, mean, var = torch.rand(4, 5) + 0.5
+    added = z if residual else None
+    running, counter = (mean, var), torch.tensor(2)
+    common = ("prelu", distance)
+    training = (x, added, weight, bias, *running, counter, 0.1, 1e-5, *common, False, slope)
+    inference = (x, added, weight, bias, *running, 1e-5, *common, True, False, slope)
+    _, mean, rstd, _ = ops.batch_norm_inference(*inference)
+    backward = (dy, x, added, None, weight, bias, mean, rstd, True, *common)
+    for op, sample in (
+        (ops.batch_norm_training, training),
+        (ops.batch_norm_inference, inference),
+        (ops.batch_norm_backward, (*backward, [True, residual, True, True, True], slope)),
+    ):
+        found = torch.library.opcheck(op.default, sample)
+        assert set(found.values()) == {"SUCCESS"}, found
+
+
 @pytest.mark.parametrize("algorithm", ["resident", "split"])
 def test_at_zero_the_gradient_takes_the_slope(algorithm: str) -> None:
     """As PyTorch's does: only v > 0 lets all of it through."""

@@ -155,6 +155,23 @@ def test_tiny_planes_are_read_as_rows(shape: tuple, kind: dict) -> None:
     assert masked.flat is masked  # its mask packs planes
 
 
+@pytest.mark.parametrize("algorithm", APART)
+@pytest.mark.parametrize("shape", [(2, 16, 3, 3), (33, 8, 5, 3), (2, 2, 9, 9)], ids=str)
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_learned_slope_costs_vectors_only(algorithm: str, shape: tuple, residual: bool) -> None:
+    """Its sum is made in the passes that there are: no tensor is read or written once more."""
+    for channels_last in (False, True):
+        found = {}
+        for activation in ("silu", "prelu"):
+            options = {"activation": activation, "residual": residual}
+            call = Call(shape, channels_last, training=training(algorithm), **options)
+            check(call, algorithm)
+            found[activation] = count(call, algorithm, H200)
+        for fixed, learned in zip(found["silu"], found["prelu"], strict=True):
+            assert learned.tensors == fixed.tensors and learned.kernels == fixed.kernels
+            assert learned.vectors > fixed.vectors
+
+
 def test_what_is_counted_where() -> None:
     """By tensor, and apart from it what is per channel."""
     call = Call((2, 16, 4, 4), dtype=torch.float32, **BN_ADD_ACT)

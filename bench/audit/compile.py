@@ -126,6 +126,7 @@ def cases(quick: bool = False) -> list[CompileCase]:
         {"dtype": torch.float16, "activation": "gelu"},
         {"dtype": torch.float64, "activation": "relu", "residual": True},
         {"dtype": torch.float32},
+        {"activation": "prelu", "residual": True},
     )
     other = []
     for i, kind in enumerate(options):

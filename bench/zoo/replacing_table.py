@@ -126,5 +126,4 @@ def _general(reason: str) -> str:
     text = reason.partition("not fused: ")[2] or reason
     text = re.sub(r"the code of \S+ cannot", "the code of a module cannot", text)
     text = re.sub(r"the fused code of \S+ was", "the fused code of a module was", text)
-    text = re.sub(r"the slope of \S+ is", "the slope of a prelu is", text)
     return re.sub(r"\b\w+(\.\w+)+\b", "a module", text).replace("|", "or")

@@ -56,6 +56,18 @@ def test_the_first_step_compiles_nothing(log: FakeDriver, options: dict[str, obj
     assert tritonnorm.warmup(model.train(), x).compiled == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("slopes", [1, 16])
+def test_a_learned_slope(log: FakeDriver, slopes: int, dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.PReLU(slopes)).to(dtype)
+    tritonnorm.replace(model)
+    x = torch.randn(4, 3, 18, 18, dtype=dtype)
+    assert tritonnorm.warmup(model, x).compiled > 0
+    compiled = log.variant_count()
+    step(model, x)
+    assert log.launches and log.variant_count() == compiled
+
+
 def test_a_model_whose_batch_norms_are_fixed(log: FakeDriver) -> None:
     """Batch norms in eval mode with gradients: a backward with given statistics."""
     model, x = net(), torch.randn(4, 3, 18, 18)
