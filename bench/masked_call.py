@@ -73,7 +73,7 @@ class MaskedTensors(Tensors):
             *(self.x, self.running_mean, self.running_var, self.weight, self.bias),
             training=self.call.training,
             lengths=self.lengths,
-            layout=self.call.layout,
+            layout="NLC" if self.call.channels_last else "NCL",
             activation=self.call.activation,
             num_batches_tracked=self.counter,
             **options,
