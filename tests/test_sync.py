@@ -333,7 +333,6 @@ def test_bad_input_is_refused_before_any_collective(pool: Ranks) -> None:
 
 
 def observed_of_rank(rank: int, group: Any) -> tuple[list[str], list[str], list[Key], str]:
-    """What is rehearsed on a rank, what runs, and what is explained."""
     bn = SyncBatchNorm(8, process_group=group, activation="relu")
     x = torch.randn(2 + rank, 8, 5, 5, requires_grad=True)
     with simulated(KNOWN["h200"]):
