@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from bench.call import Call, Direction, Tensors
+from tritonnorm import masked_batch_norm
 from tritonnorm.problem import Problem, View
-from tritonnorm.sequences.masked import masked_batch_norm
 
 __all__ = ["MaskedCall", "MaskedTensors"]
 
