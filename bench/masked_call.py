@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from bench.call import Call, Direction, Tensors
+from tritonnorm import masked_batch_norm
 from tritonnorm.problem import Problem, View
-from tritonnorm.sequences.masked import masked_batch_norm
 
 __all__ = ["MaskedCall", "MaskedTensors"]
 
@@ -73,7 +73,7 @@ class MaskedTensors(Tensors):
             *(self.x, self.running_mean, self.running_var, self.weight, self.bias),
             training=self.call.training,
             lengths=self.lengths,
-            layout=self.call.layout,
+            layout="NLC" if self.call.channels_last else "NCL",
             activation=self.call.activation,
             num_batches_tracked=self.counter,
             **options,

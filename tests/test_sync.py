@@ -20,7 +20,6 @@ from tests.test_observe import rehearsed
 from tritonnorm import SyncBatchNorm, force_plan
 from tritonnorm.activation import apply, resolve
 from tritonnorm.device import KNOWN, simulated
-from tritonnorm.explanation import explain
 from tritonnorm.observe import observe
 from tritonnorm.tune.key import Key
 
@@ -333,22 +332,19 @@ def test_bad_input_is_refused_before_any_collective(pool: Ranks) -> None:
             assert text in message
 
 
-def observed_of_rank(rank: int, group: Any) -> tuple[list[str], list[str], list[Any], str]:
-    """What is explained to a rank, what is rehearsed, and what runs."""
+def observed_of_rank(rank: int, group: Any) -> tuple[list[str], list[str], list[Key], str]:
     bn = SyncBatchNorm(8, process_group=group, activation="relu")
     x = torch.randn(2 + rank, 8, 5, 5, requires_grad=True)
     with simulated(KNOWN["h200"]):
-        calls = observe(bn, x, modes=("train",))
-        keys = [Key.of(p) for call in calls for p, _ in call.problems]
+        calls, said = observe(bn, x, modes=("train",)), str(tritonnorm.explain(bn, x))
         with trace() as seen:
             bn(x).sum().backward()
-        ran = [launch.kernel for launch in seen.launches]
-        return rehearsed(calls), ran, keys, str(explain(bn, x))
+        keys = [Key.of(p) for call in calls for p, _ in call.problems]
+        return rehearsed(calls), [launch.kernel for launch in seen.launches], keys, said
 
 
 def test_a_rank_is_observed(pool: Ranks) -> None:
     for planned, ran, keys, said in pool.run(observed_of_rank, world=2):
-        assert planned == ran and len(ran) == 7
-        assert ["synced" in key.flags for key in keys] == [True] * 4
+        assert planned == ran and len(ran) == 7 and all("synced" in k.flags for k in keys)
         assert len(set(keys)) == 3 and keys[2] == keys[3]  # both stages of a backward ask alike
         assert said.count("-> split (formula)") == 3 and "resident" not in said

@@ -113,7 +113,7 @@ def explain(what: Any, x: Any = None, forced_by: Forced | None = None) -> Any:
         if not calls:
             raise ValueError("what: expected a module whose norms run as kernels, got none")
         problems = dict.fromkeys(each for call in calls for each in call.problems)
-        return Explanations(_explain(*each, forced_by) for each in problems)
+        return Explanations(_explain(p, device, forced_by) for p, device in problems)
     if not isinstance(what, Problem | GroupProblem):
         raise TypeError(f"what: expected a Problem or a module, got {type(what).__name__}")
     if x is None:
@@ -121,9 +121,7 @@ def explain(what: Any, x: Any = None, forced_by: Forced | None = None) -> Any:
     return _explain(what, x if isinstance(x, Device) else Device.of(torch.device(x)), forced_by)
 
 
-def _explain(
-    problem: Problem | GroupProblem, device: Device, forced_by: Forced | None
-) -> Explanation:
+def _explain(problem: Any, device: Device, forced_by: Forced | None) -> Explanation:
     chosen = choose(problem, device, tuned(device), forced_by or forced())
     rows = []
     for algorithm in algorithms_for(problem):

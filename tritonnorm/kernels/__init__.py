@@ -21,7 +21,7 @@ from .split import Split
 ALGORITHMS: tuple[Algorithm, ...] = (Resident(), Persistent(), Split(), Affine())
 #: Those of a batch over several ranks, which are cut where a collective comes (`synced`), and of
 #: padded sequences.
-OTHER_FORMS: dict[str, tuple[Algorithm, ...]] = {"synced": (Split(),), "masked": (Masked(),)}
+OTHER_FORMS: dict[str, tuple[Any, ...]] = {"synced": (Split(),), "masked": (Masked(),)}
 #: Those for group, layer, instance and RMS norm. They have the methods of `Algorithm` for a
 #: `GroupProblem`.
 GROUP_ALGORITHMS: tuple[Any, ...] = (GroupResident(), GroupSplit())

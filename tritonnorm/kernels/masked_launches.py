@@ -142,7 +142,7 @@ class Masked(Split):
                 gradient(a.dy, a.x, a.keep, early, *vectors, partial, None, None)
                 whole = a.rstd.new_empty((2, problem.view.c)) if corrects else None
                 combine(a, partial, whole)
-            if corrects or not sums:
+            if a.dx is not None and (corrects or not sums):
                 gradient(a.dy, a.x, a.keep, a.dx, *vectors, None, whole, a.count)
 
         return run

@@ -132,7 +132,8 @@ def _training(
     run(
         MaskedForward(
             *(_dense(input, y), y, mean, rstd, None, None, *affine, *running, momentum, eps),
-            *(keep, count),
+            keep=keep,
+            count=count,
         )
     )
     return y, mean, rstd, count
@@ -152,12 +153,10 @@ def _inference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     y = _dense_like(input)
     mean, rstd = _statistics(input, save_statistics)
-    saved = (mean, rstd) if save_statistics else (None, None)
+    saved = [t if save_statistics else None for t in (mean, rstd)]
     run = _recipe("forward", y, input, False, activation, tuple(activation_args))
-    vectors = (vector_of(weight), vector_of(bias), running_mean, running_var)
-    run(
-        MaskedForward(_dense(input, y), y, *saved, None, None, *vectors, None, 0.0, eps, keep, None)
-    )
+    vectors = (vector_of(weight), vector_of(bias), running_mean, running_var, None, 0.0, eps)
+    run(MaskedForward(_dense(input, y), y, saved[0], saved[1], None, None, *vectors, keep, None))
     return y, mean, rstd
 
 
@@ -177,14 +176,15 @@ def _backward(
     """``needs``: which of dinput, dweight, dbias to compute; the others come back empty."""
     outputs = _gradients(input, weight, bias, needs)
     like = _dense_like(input)
-    wanted = [t if n else None for t, n in zip(outputs, needs, strict=True)]
-    dx, dweight, dbias = wanted
+    dx, dweight, dbias = (t if n else None for t, n in zip(outputs, needs, strict=True))
     kind = (count is not None, activation, tuple(activation_args), tuple(needs))
     run = _recipe("backward", like, input, *kind)
     run(
         MaskedBackward(
             *(_dense(grad, like), _dense(input, like), mean, rstd, None, None),
-            *(vector_of(weight), vector_of(bias), dx, None, dweight, dbias, keep, count),
+            *(vector_of(weight), vector_of(bias), dx, None, dweight, dbias),
+            keep=keep,
+            count=count,
         )
     )
     return outputs

@@ -87,7 +87,8 @@ class Key:
             layout if view.strides is None else f"{layout} strided",
             "+".join(flags),
             problem.vector,
-            *map(_log2, sizes),
+            _log2(sizes[0]),
+            _log2(sizes[1]),
             (view.n, view.c, view.p, *groups, *(view.strides or ())),
         )
 

@@ -92,7 +92,7 @@ def transfer(entry: Entry, problem: Shape, device: Device) -> tuple[str, Config]
         return None
 
 
-def _measures(config: Config, problem: Shape, sms: int) -> list[float]:
+def _measures(config: Config, problem: Any, sms: int) -> list[float]:
     """A configuration as numbers that mean the same for every size and GPU: logarithms, and instead
     of splits the programs per multiprocessor."""
     values = {f.name: float(getattr(config, f.name)) for f in fields(config)}

@@ -130,7 +130,7 @@ class NormTrial:
                 eps=EPS,
             )
             count = torch.empty_like(mean[:1]) if p.batch_statistics else None
-            return made if keep is None else MaskedForward(*_values(made), keep, count)
+            return made if keep is None else MaskedForward(**_values(made), keep=keep, count=count)
         if p.batch_statistics:
             mean, var = (t.to(mean.dtype) for t in _statistics(x, keep))
         parameters = p.needs_dparams
@@ -145,7 +145,7 @@ class NormTrial:
         if keep is None:
             return found
         count = keep.sum().to(mean.dtype).reshape(1) if p.batch_statistics else None
-        return MaskedBackward(*_values(found), keep, count)
+        return MaskedBackward(**_values(found), keep=keep, count=count)
 
     def _keep(self) -> Tensor | None:
         """Of sequences one position in eight is padding, at the end."""
@@ -181,8 +181,8 @@ def poison(*outputs: Tensor | None) -> None:
             t.fill_(math.nan)
 
 
-def _values(arguments: Any) -> list[Any]:
-    return [getattr(arguments, f.name) for f in fields(arguments)]
+def _values(arguments: Any) -> dict[str, Any]:
+    return {f.name: getattr(arguments, f.name) for f in fields(arguments)}
 
 
 def _statistics(x: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
