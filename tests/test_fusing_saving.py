@@ -27,6 +27,8 @@ MASK = S // 4 // 8
         ("bn -> add", 6 * S, 8 * S),
         ("bn -> add -> relu", 7 * S + 2 * MASK, 13 * S),
         ("bn -> add -> silu", 8 * S, 13 * S),  # the residual is read again
+        ("gn -> silu", 5 * S, 10 * S),
+        ("ln -> add -> relu", 8 * S, 13 * S),  # no bits are kept
     ],
 )
 def test_bytes_of_a_rule(rule: str, one: int, several: int) -> None:

@@ -1,4 +1,4 @@
-"""The forward of a block in which batch norms run together with what follows them.
+"""The forward of a block in which norms run together with what follows them.
 
 It stands on the module object, as its attribute `forward`; the class keeps its own. Every call is
 checked first: where anything is not as it was when the code was made, the class's own forward runs,
@@ -21,18 +21,20 @@ from torch.overrides import has_torch_function
 from tritonnorm.activation import apply, resolve
 from tritonnorm.fusing.watch import Unwatched, is_still
 from tritonnorm.nn import _FusedBatchNorm
+from tritonnorm.norms.nn import _Fused
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL = tuple(f"_global{name}" for name in HOOKS)
+_OURS = (_FusedBatchNorm, _Fused)
 
 
-def fused(bn: Any, x: Tensor, activation: str | None, args: tuple[float, ...]) -> Tensor:
-    """``activation(bn(x))``; shapes as in `tritonnorm.BatchNorm2d`."""
-    return bn.run(x, None, activation, args)
+def fused(norm: Any, x: Tensor, activation: str | None, args: tuple[float, ...]) -> Tensor:
+    """``activation(norm(x))``; shapes as in `tritonnorm.BatchNorm2d` and the other norms."""
+    return norm.run(x, None, activation, args)
 
 
 def fused_add(
-    bn: Any,
+    norm: Any,
     x: Tensor,
     residual: Any,
     activation: str | None,
@@ -40,19 +42,21 @@ def fused_add(
     written: str,
     first: bool,
 ) -> Tensor:
-    """``activation(bn(x) + residual)``, or with the operands the other way round if not `first`.
+    """``activation(norm(x) + residual)``, or with the operands the other way round if not `first`.
 
     One call where both operands are alike; where they are broadcast or promoted, PyTorch's
-    addition as it was written, "+" or "+=".
+    addition as it was written, "+" or "+=". Under autocast the result of a norm may be wider than
+    `x`, and a residual that is written to would stay as it is.
     """
     if (
         isinstance(residual, Tensor)
         and residual.shape == x.shape
         and residual.dtype == x.dtype
         and residual.device == x.device
+        and (first or written == "+" or not torch.is_autocast_enabled(x.device.type))
     ):
-        return bn.run(x, residual, activation, args)
-    y = bn.run(x, None, None, ())
+        return norm.run(x, residual, activation, args)
+    y = norm.run(x, None, None, ())
     add: Callable[[Any, Any], Any] = operator.iadd if written == "+=" else operator.add
     y = add(y, residual) if first else add(residual, y)
     return apply(*resolve(activation, args), y)
@@ -76,7 +80,7 @@ class FusedForward:
         constants: the values that the other arguments must have.
         given: those of them that are not what the call gets without them.
         skipped: modules that are not called; they must have no hooks.
-        norms: the batch norms among them.
+        norms: the norms among them.
         tree: modules with the children that they must have.
         reads: attributes, by module and name, and what they must be.
         globals: what the names in the code are.
@@ -187,8 +191,8 @@ def holds(forward: FusedForward) -> bool:
             or "forward" in d
         ):
             return False
-    for bn in forward.norms:
-        if not isinstance(bn, _FusedBatchNorm) or bn.activation is not None:
+    for norm in forward.norms:
+        if not isinstance(norm, _OURS) or norm.activation is not None:
             return False
     for module, children in forward.tree:
         if tuple(module._modules.values()) != children:
