@@ -137,6 +137,11 @@ class FusedForward:
         for name in ("forward", "_replicate_for_data_parallel"):
             module.__dict__.pop(name, None)
 
+    def gone(self) -> bool:
+        """Whether a module was replaced by another, so that this code never runs again: `fold` asks
+        that of any forward on an object."""
+        return any(tuple(m._modules.values()) != children for m, children in self.tree)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the forward of the class computes."""
         if not has_torch_function(args) and not torch.compiler.is_exporting():
