@@ -86,7 +86,8 @@ class _Search:
     def run(self) -> Found:
         inside = _counts(self.model, self.norms)
         for module in _children_first(self.model):
-            if inside[id(module)] and module not in self.norms and len(module._modules):
+            code = type(module).forward is not nn.Module.forward  # a ModuleList has none
+            if code and inside[id(module)] and module not in self.norms and len(module._modules):
                 self._block(module)
         for bn in self.norms:
             self.found.reasons.setdefault(bn, "no code that calls it was found")
