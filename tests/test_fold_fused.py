@@ -86,3 +86,20 @@ def test_undo_of_a_fused_pair() -> None:
     assert torch.equal(model.b.running_mean, before[1].running_mean)
     report.undo()
     assert (model.a, model.b) == before
+
+
+def test_a_forward_of_replace_goes_with_its_batch_norms() -> None:
+    def part() -> nn.Module:
+        return nn.Sequential(conv(4, 4), bn(4), nn.ReLU())
+
+    model, x = trained(nn.Sequential(part(), part())), rand(*SHAPE)
+    tritonnorm.replace(model)
+    folded, report = fold(model, x, filter_fn=lambda _, name: name.startswith("0"))
+    assert report.counts == {"folded": 1, "left": 1}, str(report)
+    assert "forward" not in folded[0].__dict__ and "forward" in folded[1].__dict__
+    assert not any("data_parallel" in name for name in folded[0].__dict__)
+    assert "forward" in model[0].__dict__ and error(model, folded, x) <= LIMIT
+    report.undo()
+    own = folded[0].forward
+    assert own.module is folded[0] and own.norms == (folded[0][1],) and not own.gone()
+    assert error(model, folded, x) == 0.0

@@ -29,6 +29,8 @@ MASK = S // 4 // 8
         ("bn -> add -> silu", 8 * S, 13 * S),  # the residual is read again
         ("bn -> prelu", 5 * S, 10 * S),
         ("bn -> add -> prelu", 8 * S, 13 * S),
+        ("gn -> silu", 5 * S, 10 * S),
+        ("ln -> add -> relu", 8 * S, 13 * S),  # no bits are kept
     ],
 )
 def test_bytes_of_a_rule(rule: str, one: int, several: int) -> None:

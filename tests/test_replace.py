@@ -134,8 +134,6 @@ def _odd_one(change: str) -> nn.Module:
     bn = nn.BatchNorm2d(4)
     if change == "subclass":
         return Odd(4)
-    if change == "sync":
-        return nn.SyncBatchNorm(4)
     if change == "lazy":
         return nn.LazyBatchNorm2d()
     if change == "quantised":
@@ -157,7 +155,6 @@ def _odd_one(change: str) -> nn.Module:
     ("change", "reason"),
     [
         ("subclass", "not exactly torch's class"),
-        ("sync", "synchronises"),
         ("lazy", "lazy"),
         ("quantised", "not exactly torch's class"),
         ("parametrised", "parametrised"),

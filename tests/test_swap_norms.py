@@ -29,7 +29,8 @@ def test_every_kind() -> None:
     assert found is net and list(net.state_dict()) == keys
     kinds = [type(m).__name__ for m in net if type(m).__module__.startswith("tritonnorm.n")]
     assert kinds == ["GroupNorm", "InstanceNorm2d", "BatchNorm2d", "LayerNorm", "RMSNorm"]
-    assert report.counts == {"replaced": 5, "left": 1}
+    assert report.counts == {"fused": 1, "replaced": 4, "left": 1}
+    assert report.rows[0].rule == "gn -> silu"
     assert "not exactly torch's class" in report.skipped[0].reason
     torch.testing.assert_close(net(x), expected)
     tritonnorm.restore(net)

@@ -141,6 +141,61 @@ def test_a_converted_model_trains_as_one_process(pool: Ranks) -> None:
             torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
+class Block(nn.Module):
+    def __init__(self, group: Any = None) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 3, 1), nn.SyncBatchNorm(3, process_group=group)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(self.conv(x)) + x)
+
+
+def test_replace_takes_torchs() -> None:
+    block = Block("a group").eval()
+    seen: list[Tensor] = []
+    block.bn.register_forward_hook(lambda m, x, y: seen.append(y))
+    tensors = dict(block.bn.__dict__["_parameters"])
+    x = torch.randn(2, 3, 5, 5)
+    expected = block(x)
+    _, report = tritonnorm.replace(block)
+    assert type(block.bn) is SyncBatchNorm and block.bn.process_group == "a group"
+    assert block.bn._parameters == tensors and "hook" in report.rows[0].reason
+    torch.testing.assert_close(block(x), expected)
+    assert len(seen) == 2
+    tritonnorm.restore(block)
+    assert type(block.bn) is nn.SyncBatchNorm and block.bn.process_group == "a group"
+    assert "activation" not in block.bn.__dict__
+    # a batch norm that was replaced and then converted is not torch's synchronised one
+    net = nn.Sequential(nn.BatchNorm2d(3))
+    convert_sync_batchnorm(tritonnorm.replace(net)[0])
+    assert type(tritonnorm.restore(net)[0]) is SyncBatchNorm
+    tritonnorm.restore(revert_sync_batchnorm(net))
+    assert type(net[0]) is nn.BatchNorm2d
+
+
+def replaced_step_of_rank(rank: int, group: Any) -> list[Tensor]:
+    torch.manual_seed(0)
+    net, report = tritonnorm.replace(Block(group).double())
+    assert report.rows[0].rule == "bn -> add -> relu" and "forward" in net.__dict__
+    x = torch.randn(5, 3, 5, 5, dtype=torch.float64)[2 * rank : 2 + 3 * rank]
+    net(x).square().sum().backward()
+    gradients = [p.grad for p in net.parameters() if p.grad is not None]
+    for gradient in gradients:
+        torch.distributed.all_reduce(gradient, group=group)
+    return [*gradients, *net.buffers()]
+
+
+def test_a_replaced_model_trains_as_one_process(pool: Ranks) -> None:
+    torch.manual_seed(0)
+    whole = Block().double()
+    x = torch.randn(5, 3, 5, 5, dtype=torch.float64)
+    whole(x).square().sum().backward()  # without a process group a plain batch norm
+    expected = [p.grad for p in whole.parameters() if p.grad is not None] + list(whole.buffers())
+    for found in pool.run(replaced_step_of_rank, world=2):
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
 def test_fold_takes_it() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), SyncBatchNorm(4, activation="relu"))
     x = torch.randn(2, 3, 6, 6)

@@ -1,7 +1,7 @@
-"""replace(model): torch's batch norms become this library's, in place, by a change of class.
+"""replace(model): torch's norms become this library's, in place, by a change of class.
 
 The module objects stay, and with them parameters, buffers, hooks, flags and state_dict keys. Blocks
-in which a batch norm runs together with what follows it get a forward of their own.
+in which a norm runs together with what follows it get a forward of their own.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from tritonnorm.flow.inputs import Call, calls_from
 from tritonnorm.fusing.forward import FusedForward
 from tritonnorm.fusing.search import Found, search
 from tritonnorm.fusing.verify import differing, recorded
-from tritonnorm.norms.swap import check_norms, restore_norms, swap_norms
+from tritonnorm.norms import swap
 from tritonnorm.report import LEFT, Report, Row
+from tritonnorm.sync.nn import SyncBatchNorm
 
 __all__ = ["replace", "restore"]
 
@@ -29,9 +30,12 @@ SWAPS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: ours.BatchNorm1d,
     nn.BatchNorm2d: ours.BatchNorm2d,
     nn.BatchNorm3d: ours.BatchNorm3d,
+    nn.SyncBatchNorm: SyncBatchNorm,
+    **{plain: own for table in swap.SWAPS.values() for plain, own in table.items()},
 }
 _OURS = tuple(SWAPS.values())
-_MARK = "_tritonnorm_replaced"  # on modules that `replace` changed; `restore` looks for it
+# On modules that `replace` changed: their class before. `restore` looks for it.
+_MARK = "_tritonnorm_replaced"
 _ADDED = {"activation": None, "activation_args": ()}
 
 
@@ -44,12 +48,13 @@ def replace(
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     dry_run: bool = False,
 ) -> tuple[nn.Module, Report]:
-    """Make every `torch.nn.BatchNorm1d/2d/3d` of a model a batch norm of this library, in place,
-    and run it together with the addition and the activation that follow it.
+    """Make every `torch.nn.BatchNorm1d/2d/3d` and `SyncBatchNorm` of a model a batch norm of this
+    library, in place, and run it together with the addition and the activation that follow it. The
+    same for the other norms that are named.
 
     Only modules of exactly these classes are changed; subclasses may compute something else. Each
     module stays the same object with the same parameters, buffers, hooks and settings. A block, the
-    smallest module whose code shows a batch norm and what follows it, gets a `forward` on the
+    smallest module whose code shows a norm and what follows it, gets a `forward` on the
     object; its class stays. The block's own code runs whenever something is not as it was: a hook
     on a module that would not be called, another child, other arguments, a tracer.
 
@@ -60,12 +65,12 @@ def replace(
             these. The model is run on them, and every fused block is checked in float64 against
             its own code: outputs, gradients and statistics, in training and in eval mode. Without
             them only what the code shows is fused, and arguments with a default have that value.
-        fuse: False changes the batch norms only.
-        filter_fn: called as `filter_fn(batch_norm, name)`; False leaves the module as it is.
+        fuse: False changes the norms only.
+        filter_fn: called as `filter_fn(norm, name)`; False leaves the module as it is.
         dry_run: only report.
 
     Returns:
-        The same model and the report, one row per batch norm.
+        The same model and the report, one row per norm of these kinds.
 
     Raises:
         ValueError: the model is not a module, or raised on the example inputs, or a name in `norms`
@@ -74,13 +79,13 @@ def replace(
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    check_norms(norms)
+    swap.check_norms(norms)
     calls = None if example_inputs is None else calls_from(example_inputs)
     report = Report("replace", dry_run=dry_run)
     whole = _model_reason(model)
     chosen: dict[nn.Module, int] = {}  # with the place of the row
     for name, module in model.named_modules():
-        if "batch" not in norms or not _is_batch_norm(module):
+        if _family(module) not in norms:
             continue
         shown, kind = name or "(root)", _kind(module)
         reason = whole or _inside_reason(model, name) or _reason(module)
@@ -94,8 +99,6 @@ def replace(
     if whole:
         report.notes.append(whole)
     found = _fusable(model, chosen, calls, report) if fuse and chosen else Found()
-    if whole is None:
-        report.rows += swap_norms(model, norms, filter_fn, dry_run)
     if not dry_run:
         _edit(list(chosen), found)
     return model, report
@@ -110,7 +113,8 @@ def _fusable(
         report.notes.append(reason)
         calls = None
     given = None if calls is None else recorded(model, calls)
-    found = search(model, set(chosen), given)
+    short = {module: swap.SHORT[_family(module)] for module in chosen}
+    found = search(model, short, given)
     if calls is not None:
         for block, difference in differing(model, found.forwards, SWAPS, calls).items():
             found.drop(
@@ -135,7 +139,7 @@ def _fusable(
 def restore(model: nn.Module) -> nn.Module:
     """Undo `replace`: every module it changed gets its torch class or its own forward back.
 
-    Modules that were built as batch norms of this library stay what they are.
+    Modules that were built as norms of this library stay what they are.
 
     Args:
         model: the model; it is edited in place.
@@ -143,18 +147,17 @@ def restore(model: nn.Module) -> nn.Module:
     Returns:
         The same model.
     """
-    original = {swapped: plain for plain, swapped in SWAPS.items()}
     for module in model.modules():
         if isinstance(module.__dict__.get("forward"), FusedForward):
             FusedForward.remove(module)
-        if type(module) in original and module.__dict__.get(_MARK):
-            _to_plain(module, original[type(module)])
-    restore_norms(model)
+        plain = module.__dict__.get(_MARK)
+        if plain is not None and type(module) is SWAPS[plain]:
+            _to_plain(module, plain)
     return model
 
 
 def _edit(modules: list[nn.Module], found: Found) -> None:
-    """Change the batch norms and the blocks, or nothing when anything raises."""
+    """Change the norms and the blocks, or nothing when anything raises."""
     done: list[tuple[nn.Module, type[nn.Module]]] = []
     try:
         for module in modules:
@@ -162,7 +165,7 @@ def _edit(modules: list[nn.Module], found: Found) -> None:
             done.append((module, plain))
             module.__class__ = SWAPS[plain]
             module.__dict__.update(_ADDED)
-            module.__dict__[_MARK] = True
+            module.__dict__[_MARK] = plain
         for forward in found.forwards.values():
             forward.install()
     except BaseException:
@@ -187,6 +190,14 @@ def _to_plain(module: nn.Module, plain: type[nn.Module]) -> None:
     module.__class__ = plain
     for name in (*_ADDED, _MARK):
         module.__dict__.pop(name, None)
+
+
+def _family(module: nn.Module) -> str:
+    """The kind of norm, of those that `norms` names; empty for other modules."""
+    for name, table in swap.SWAPS.items():
+        if isinstance(module, tuple(table)):
+            return name
+    return "batch" if _is_batch_norm(module) else ""
 
 
 def _is_batch_norm(module: nn.Module) -> bool:
@@ -219,17 +230,15 @@ def _inside_reason(model: nn.Module, name: str) -> str | None:
 
 
 def _reason(module: nn.Module) -> str | None:
-    """Why a batch norm is left, or None when its class can be changed."""
+    """Why a norm is left, or None when its class can be changed."""
     if isinstance(module, torch.jit.ScriptModule):
         return "it is a TorchScript module, whose code is fixed"
     if isinstance(module, _OURS):
-        return "it is already a batch norm of this library"
+        return "it is already a norm of this library"
     if isinstance(module, _LazyNormBase):
         return "it is lazy: run the model once, then call replace"
     if parametrize.is_parametrized(module):
         return "it is parametrised, which has changed its class already"
-    if isinstance(module, nn.SyncBatchNorm):
-        return "it synchronises its statistics between processes: see convert_sync_batchnorm"
     if type(module) not in SWAPS:
         path = f"{type(module).__module__}.{type(module).__qualname__}"
         return f"{path} is not exactly torch's class and may compute something else"

@@ -44,6 +44,7 @@ class Applied:
     def __init__(self, model: nn.Module) -> None:
         self._parameters: list[tuple[nn.Module, str, nn.Parameter | None]] = []
         self._children: list[tuple[nn.Module, str, nn.Module]] = []
+        self._forwards: list[tuple[nn.Module, dict[str, object]]] = []
         self._places: dict[int, list[tuple[nn.Module, str]]] = {}
         for parent in model.modules():
             for key, child in parent._modules.items():
@@ -55,7 +56,9 @@ class Applied:
             parent._modules[key] = child
         for module, key, parameter in reversed(self._parameters):
             module._parameters[key] = parameter
-        self._children, self._parameters = [], []
+        for module, forward in self._forwards:
+            module.__dict__.update(forward)
+        self._children, self._parameters, self._forwards = [], [], []
 
     def add(self, there: nn.Module, site: Site, tail: nn.Module | None, exact: bool) -> None:
         """Edit one module as its site says."""
@@ -94,6 +97,17 @@ class Applied:
             self._children.append((parent, key, there))
             parent._modules[key] = new
 
+    def drop_forwards(self, model: nn.Module) -> None:
+        """Take off forwards on objects that say that their modules are gone: they would do nothing
+        but call that of the class."""
+        for module in model.modules():
+            gone = getattr(module.__dict__.get("forward"), "gone", None)
+            if gone is not None and gone():
+                before = dict(module.__dict__)
+                before["forward"].remove(module)
+                taken = {k: v for k, v in before.items() if k not in module.__dict__}
+                self._forwards.append((module, taken))
+
     def _set(self, module: nn.Module, key: str, value: Tensor) -> None:
         old = module._parameters[key]
         weight = _tensor(module.weight)
@@ -131,6 +145,7 @@ def apply(
     try:
         for there, site, tail in found:
             applied.add(there, site, copy.deepcopy(tail), exact)
+        applied.drop_forwards(model)
     except BaseException:
         applied.undo()
         raise

@@ -1,4 +1,4 @@
-"""The forward of a block in which batch norms run together with what follows them.
+"""The forward of a block in which norms run together with what follows them.
 
 It stands on the module object, as its attribute `forward`; the class keeps its own. Every call is
 checked first: where anything is not as it was when the code was made, the class's own forward runs,
@@ -22,28 +22,30 @@ from torch.overrides import has_torch_function
 from tritonnorm.activation import apply, resolve
 from tritonnorm.fusing.watch import Unwatched, is_still
 from tritonnorm.nn import _FusedBatchNorm
+from tritonnorm.norms.nn import _Fused
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL = tuple(f"_global{name}" for name in HOOKS)
+_OURS = (_FusedBatchNorm, _Fused)
 
 
 def fused(
-    bn: Any,
+    norm: Any,
     x: Tensor,
     activation: str | None,
     args: tuple[float, ...],
     slope: Tensor | None = None,
 ) -> Tensor:
-    """``activation(bn(x))``; shapes as in `tritonnorm.BatchNorm2d`.
+    """``activation(norm(x))``; shapes as in `tritonnorm.BatchNorm2d` and the other norms.
 
     A prelu has a slope ``[1]`` or ``[C]``. Where it cannot be part of the call, PyTorch's prelu
     follows.
     """
     if slope is None:
-        return bn.run(x, None, activation, args)
+        return norm.run(x, None, activation, args)
     if fits(x, slope):
-        return bn.run(x, None, activation, args, slope)
-    return F.prelu(bn.run(x, None, None, ()), slope)
+        return norm.run(x, None, activation, args, slope)
+    return F.prelu(norm.run(x, None, None, ()), slope)
 
 
 def fits(x: Tensor, slope: Tensor) -> bool:
@@ -61,7 +63,7 @@ def fits(x: Tensor, slope: Tensor) -> bool:
 
 
 def fused_add(
-    bn: Any,
+    norm: Any,
     x: Tensor,
     residual: Any,
     activation: str | None,
@@ -70,10 +72,11 @@ def fused_add(
     first: bool,
     slope: Tensor | None = None,
 ) -> Tensor:
-    """``activation(bn(x) + residual)``, or with the operands the other way round if not `first`.
+    """``activation(norm(x) + residual)``, or with the operands the other way round if not `first`.
 
     One call where both operands are alike; where they are broadcast or promoted, PyTorch's
-    addition as it was written, "+" or "+=".
+    addition as it was written, "+" or "+=". Under autocast the result of a norm may be wider than
+    `x`, and a residual that is written to would stay as it is.
     """
     if (
         isinstance(residual, Tensor)
@@ -81,9 +84,10 @@ def fused_add(
         and residual.dtype == x.dtype
         and residual.device == x.device
         and (slope is None or fits(x, slope))
+        and (first or written == "+" or not torch.is_autocast_enabled(x.device.type))
     ):
-        return bn.run(x, residual, activation, args, slope)
-    y = bn.run(x, None, None, ())
+        return norm.run(x, residual, activation, args, *(() if slope is None else (slope,)))
+    y = norm.run(x, None, None, ())
     add: Callable[[Any, Any], Any] = operator.iadd if written == "+=" else operator.add
     y = add(y, residual) if first else add(residual, y)
     return apply(*resolve(activation, args), y) if slope is None else F.prelu(y, slope)
@@ -107,7 +111,7 @@ class FusedForward:
         constants: the values that the other arguments must have.
         given: those of them that are not what the call gets without them.
         skipped: modules that are not called; they must have no hooks.
-        norms: the batch norms among them.
+        norms: the norms among them.
         tree: modules with the children that they must have.
         reads: attributes, by module and name, and what they must be.
         globals: what the names in the code are.
@@ -164,6 +168,11 @@ class FusedForward:
         for name in ("forward", "_replicate_for_data_parallel"):
             module.__dict__.pop(name, None)
 
+    def gone(self) -> bool:
+        """Whether a module was replaced by another, so that this code never runs again: `fold` asks
+        that of any forward on an object."""
+        return any(tuple(m._modules.values()) != children for m, children in self.tree)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the forward of the class computes."""
         if not has_torch_function(args) and not torch.compiler.is_exporting():
@@ -218,8 +227,8 @@ def holds(forward: FusedForward) -> bool:
             or "forward" in d
         ):
             return False
-    for bn in forward.norms:
-        if not isinstance(bn, _FusedBatchNorm) or bn.activation is not None:
+    for norm in forward.norms:
+        if not isinstance(norm, _OURS) or norm.activation is not None:
             return False
     for module, children in forward.tree:
         if tuple(module._modules.values()) != children:

@@ -1,4 +1,4 @@
-"""Which batch norms of a graph have an addition and an activation behind them that can be fused."""
+"""Which norms of a graph have an addition and an activation behind them that can be fused."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from tritonnorm.activation import PRELU
 from tritonnorm.fusing.activations import Activation, ModuleOf, activation
 
 ADDS = {operator.add: "+", operator.iadd: "+=", torch.add: "+"}
@@ -26,20 +27,22 @@ FRESH = (
 
 @dataclass
 class Site:
-    """A batch norm that can run together with what follows it.
+    """A norm that can run together with what follows it.
 
     Attributes:
         norm: its call.
+        kind: its short name: "bn", "gn" and so on.
         activation: name and parameters, or None.
         last: the node whose result the fused call gives.
         anchor: the node in whose place it runs.
         drop: the nodes that it replaces, last first; `norm` is not among them.
-        add: how the addition is written, and whether the batch norm is its first operand.
+        add: how the addition is written, and whether the norm is its first operand.
         residual: the other operand.
         modules: nodes whose modules are no longer called: the activation, identities.
     """
 
     norm: fx.Node
+    kind: str
     activation: Activation | None
     last: fx.Node
     anchor: fx.Node
@@ -52,30 +55,31 @@ class Site:
     def rule(self) -> str:
         """Such as "bn -> add -> relu"."""
         name = self.activation[0] if self.activation else ""
-        return " -> ".join(filter(None, ("bn", "add" if self.add else "", name)))
+        return " -> ".join(filter(None, (self.kind, "add" if self.add else "", name)))
 
 
 def sites(
     graph: fx.Graph,
     module_of: ModuleOf,
-    norms: Callable[[nn.Module], bool],
+    norms: Callable[[nn.Module], str | None],
     fresh: Callable[[nn.Module], bool],
 ) -> Iterator[Site | tuple[fx.Node, str]]:
-    """For every call of a batch norm a site, or the reason why there is none.
+    """For every call of a norm a site, or the reason why there is none.
 
-    Of two batch norms that are added, that of the module itself takes the addition, or the later.
+    Of two norms that are added, that of the module itself takes the addition, or the later.
 
     Args:
         graph: the code of a module.
         module_of: the module that a node calls.
-        norms: which modules are batch norms to fuse.
+        norms: the short name of a norm to fuse; None for other modules.
         fresh: which modules give a result that shares no memory with what existed before.
     """
     order = {node: place for place, node in enumerate(graph.nodes)}
     taken: set[fx.Node] = set()
     calls = [n for n in graph.nodes if n.op == "call_module" and norms(module_of(n))]
     for node in sorted(calls, key=lambda n: (str(n.target).count("."), -order[n])):
-        found = _site(node, module_of, order, taken, fresh)
+        kind = norms(module_of(node)) or ""
+        found = _site(node, kind, module_of, order, taken, fresh)
         if isinstance(found, Site):
             taken.update((*found.drop, node))
             yield found
@@ -85,6 +89,7 @@ def sites(
 
 def _site(
     norm: fx.Node,
+    short: str,
     module_of: ModuleOf,
     order: dict[fx.Node, int],
     taken: set[fx.Node],
@@ -93,18 +98,19 @@ def _site(
     if len(norm.args) != 1 or norm.kwargs or not isinstance(norm.args[0], fx.Node):
         return "it is called with more than its input"
     value, skipped = through_identities(norm, module_of)
-    if found := activation(value, module_of):
+    if found := _behind(value, short, module_of):
         kind, nodes = found
         modules = [n for n in (*skipped, *nodes) if n.op == "call_module"]
-        return Site(
-            norm, kind, nodes[-1], norm, [*reversed(nodes), *reversed(skipped)], None, None, modules
-        )
+        drop = [*reversed(nodes), *reversed(skipped)]
+        return Site(norm, short, kind, nodes[-1], norm, drop, None, None, modules)
     users = list(value.users)
     if len(users) != 1:
         return f"its output goes to {_users(value)}"
     add = users[0]
     operands = addition(add)
     if add.op == "call_module" and isinstance(module_of(add), nn.PReLU):
+        if type(module_of(add)) is nn.PReLU:
+            return f"{add.target} is a PReLU, which runs with batch norms only"
         return f"{add.target} is a PReLU of another class than torch's"
     if operands is None:
         return f"its output goes to {_users(value)}"
@@ -114,7 +120,7 @@ def _site(
     first = left is value
     other = right if first else left
     if add in taken:
-        return "the batch norm on the other side of its addition has taken it"
+        return "the norm on the other side of its addition has taken it"
     if not isinstance(other, fx.Node):
         return "what is added is no tensor"
     if how == "+=" and not first and not _own(other, add, module_of, fresh):
@@ -122,12 +128,21 @@ def _site(
     if reason := _moves(norm, add, skipped, order, module_of, fresh):
         return reason
     value, more = through_identities(add, module_of)
-    behind = activation(value, module_of)
+    behind = _behind(value, short, module_of)
     tail = [] if behind is None else [*more, *behind[1]]
     chain = [*skipped, add, *tail]
     modules = [n for n in chain if n.op == "call_module"]
     name = None if behind is None else behind[0]
-    return Site(norm, name, chain[-1], add, chain[::-1], (how, first), other, modules)
+    return Site(norm, short, name, chain[-1], add, chain[::-1], (how, first), other, modules)
+
+
+def _behind(
+    value: fx.Node, short: str, module_of: ModuleOf
+) -> tuple[Activation, list[fx.Node]] | None:
+    """The activation that alone uses a value, if such a norm can run with it."""
+    found = activation(value, module_of)
+    learned = found is not None and found[0][0] == PRELU.name
+    return None if learned and short != "bn" else found
 
 
 def _moves(
@@ -138,7 +153,7 @@ def _moves(
     module_of: ModuleOf,
     fresh: Callable[[nn.Module], bool],
 ) -> str:
-    """Why the batch norm may not run later, in the place of the addition; empty if it may."""
+    """Why the norm may not run later, in the place of the addition; empty if it may."""
     between = [n for n in order if order[norm] < order[n] < order[add] and n not in skipped]
     if all(n.op in ("get_attr", "placeholder") for n in between):
         return ""

@@ -18,10 +18,10 @@ _KINDS = {**ACTIVATIONS, PRELU.name: PRELU}
 
 @dataclass(frozen=True)
 class Saving:
-    """Bytes of one training step in the batch norms and what follows them.
+    """Bytes of one training step in the norms and what follows them.
 
     Attributes:
-        before: each batch norm, addition and activation as a launch of its own.
+        before: each norm, addition and activation as a launch of its own.
         after: as the report says.
     """
 
@@ -30,7 +30,7 @@ class Saving:
 
 
 def predicted(model: nn.Module, report: Report, example_inputs: object) -> Saving:
-    """The traffic of the replaced batch norms in one training step on the inputs.
+    """The traffic of the replaced norms in one training step on the inputs.
 
     Args:
         model: the model, before or after `replace`.
@@ -56,19 +56,23 @@ def predicted(model: nn.Module, report: Report, example_inputs: object) -> Savin
 
 
 def together(x: Tensor, rule: str) -> int:
-    """Bytes of forward and backward where one call computes all of a rule."""
+    """Bytes of forward and backward where one call computes all of a rule.
+
+    Other norms than batch norm keep the residual for any activation, never a bit per element.
+    """
     parts = rule.split(" -> ")
     kind = _KINDS.get(parts[-1])
     added = "add" in parts
+    bits = kind is not None and kind.two_valued and parts[0] == "bn"
     problems = [
         Problem(
             direction,
             True,
             _view(x),
             x.dtype,
-            "none" if kind is None else "two_valued" if kind.two_valued else "smooth",
+            "none" if kind is None else "two_valued" if bits else "smooth",
             residual=added,
-            mask=added and kind is not None and kind.two_valued,
+            mask=added and bits,
             needs_dresidual=added and direction == "backward" and kind is not None,
         )
         for direction in ("forward", "backward")

@@ -1,6 +1,6 @@
 """Which blocks of a model can be fused: the smallest modules whose code shows a whole site.
 
-The modules are traced from the leaves up. Where a batch norm is the last thing in a module, or an
+The modules are traced from the leaves up. Where a norm is the last thing in a module, or an
 activation the first, the module around it is traced once more with the code of the inner one in
 place of its call.
 """
@@ -26,7 +26,7 @@ _DEPTH = 8  # rounds in which the code of inner modules is put in place; models 
 
 @dataclass
 class Fused:
-    """One batch norm that is fused: where, how, and with which module, if it is one."""
+    """One norm that is fused: where, how, and with which module, if it is one."""
 
     block: nn.Module
     rule: str
@@ -39,7 +39,7 @@ class Found:
 
     Attributes:
         forwards: the new forward of each block.
-        fused: what each batch norm is fused with.
+        fused: what each norm is fused with.
         reasons: why the others are not.
     """
 
@@ -62,12 +62,12 @@ class _Traced:
     inline: list[nn.Module]
 
 
-def search(model: nn.Module, norms: set[nn.Module], given: Given | None = None) -> Found:
+def search(model: nn.Module, norms: Mapping[nn.Module, str], given: Given | None = None) -> Found:
     """Look for sites in every module of a model. Nothing is changed.
 
     Args:
         model: the model.
-        norms: the batch norms that may be fused.
+        norms: the norms that may be fused, with their short names in rules.
         given: the arguments of one call of each module; without them all arguments that have no
             default are taken to be tensors.
     """
@@ -75,7 +75,9 @@ def search(model: nn.Module, norms: set[nn.Module], given: Given | None = None) 
 
 
 class _Search:
-    def __init__(self, model: nn.Module, norms: set[nn.Module], given: Given | None) -> None:
+    def __init__(
+        self, model: nn.Module, norms: Mapping[nn.Module, str], given: Given | None
+    ) -> None:
         self.model, self.norms, self.given = model, norms, given
         self.names = {id(m): name or "the model" for name, m in model.named_modules()}
         self.known: dict[int, _Traced | str] = {}
@@ -84,7 +86,8 @@ class _Search:
     def run(self) -> Found:
         inside = _counts(self.model, self.norms)
         for module in _children_first(self.model):
-            if inside[id(module)] and module not in self.norms and len(module._modules):
+            code = type(module).forward is not nn.Module.forward  # a ModuleList has none
+            if code and inside[id(module)] and module not in self.norms and len(module._modules):
                 self._block(module)
         for bn in self.norms:
             self.found.reasons.setdefault(bn, "no code that calls it was found")
@@ -127,7 +130,7 @@ class _Search:
         return traced
 
     def _wanted(self, module: nn.Module, traced: _Traced) -> list[nn.Module]:
-        """Called modules whose last batch norm or first activation belongs to a site here."""
+        """Called modules whose last norm or first activation belongs to a site here."""
         wanted: dict[nn.Module, None] = {}
         for node in traced.code.graphs[True].nodes:
             if node.op != "call_module":
@@ -150,7 +153,7 @@ class _Search:
         return [m for m in wanted if m not in traced.inline and not self._closed(m)]
 
     def _ends_with_norm(self, module: nn.Module) -> bool:
-        """Whether what a module returns is what a batch norm of it gives, or a sum with that."""
+        """Whether what a module returns is what a norm of it gives, or a sum with that."""
         if not _is_block(module) or self._closed(module):
             return False
         traced = self._traced(module)
@@ -254,7 +257,7 @@ class _Search:
         several = {bn for bn in self.norms if calls.count(bn) > 1}
         reasons: dict[nn.Module, str] = {}
         sites: dict[nn.Module, Site] = {}
-        for found in match.sites(graphs[True], module_of, lambda m: m in self.norms, self._fresh):
+        for found in match.sites(graphs[True], module_of, self.norms.get, self._fresh):
             node = found.norm if isinstance(found, Site) else found[0]
             bn = module_of(node)
             if not isinstance(found, Site):
@@ -279,11 +282,12 @@ class _Search:
             behind = [module_of(n) for n in site.modules]
             partner = next((m for m in behind if type(m) is not nn.Identity), None)
             rules[module_of(site.norm)] = Fused(module, site.rule, partner)
+        here = {norm: self.norms[norm] for norm in rules}
         graphs, others = traced.code.graphs, {id(traced.code.graphs[True]): sites}
         if graphs[False] is not graphs[True]:
             other = [
                 s
-                for s in match.sites(graphs[False], module_of, lambda m: m in rules, self._fresh)
+                for s in match.sites(graphs[False], module_of, here.get, self._fresh)
                 if isinstance(s, Site) and rules[module_of(s.norm)].rule == s.rule
             ]
             if {module_of(s.norm) for s in other} != set(rules):
@@ -300,7 +304,7 @@ class _Search:
                 self.found.fused[bn] = fused
 
 
-def _counts(model: nn.Module, norms: set[nn.Module]) -> dict[int, bool]:
+def _counts(model: nn.Module, norms: Mapping[nn.Module, str]) -> dict[int, bool]:
     return {id(m): any(n in norms for n in m.modules()) for m in model.modules()}
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.overrides import has_torch_function
 
 from tritonnorm import functional
-from tritonnorm.activation import resolve
+from tritonnorm.activation import apply, resolve
 
 # torch >= 2.13 builds group and instance norms with a weight and no bias.
 _HAS_BIAS_ARGUMENT = "bias" in inspect.signature(torch.nn.GroupNorm).parameters
@@ -39,9 +39,15 @@ class _Fused(torch.nn.Module):
         self.activation = act.name if act else None
         self.activation_args = tuple(float(a) for a in activation_args)
 
-    @property
-    def _epilogue(self) -> dict[str, Any]:
-        return {"activation": self.activation, "activation_args": self.activation_args}
+    def run(
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        activation: str | None,
+        activation_args: tuple[float, ...],
+    ) -> Tensor:
+        """`forward` with an activation that is given, not that of the module."""
+        raise NotImplementedError
 
     def extra_repr(self) -> str:
         """The original's description, and the activation if there is one."""
@@ -98,9 +104,19 @@ class GroupNorm(_Fused, torch.nn.GroupNorm):
             input: ``[N, C, ...]``.
             residual: shape and dtype of ``input``, added before the activation.
         """
+        return self.run(input, residual, self.activation, self.activation_args)
+
+    def run(
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        activation: str | None,
+        activation_args: tuple[float, ...],
+    ) -> Tensor:
+        """`forward` with an activation that is given, not that of the module."""
         return functional.group_norm(
             input, self.num_groups, self.weight, self.bias, self.eps,
-            residual=residual, **self._epilogue,
+            residual=residual, activation=activation, activation_args=activation_args,
         )  # fmt: skip
 
 
@@ -143,9 +159,19 @@ class LayerNorm(_Fused, torch.nn.LayerNorm):
             input: ``[..., *normalized_shape]``.
             residual: shape and dtype of ``input``, added before the activation.
         """
+        return self.run(input, residual, self.activation, self.activation_args)
+
+    def run(
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        activation: str | None,
+        activation_args: tuple[float, ...],
+    ) -> Tensor:
+        """`forward` with an activation that is given, not that of the module."""
         return functional.layer_norm(
             input, self.normalized_shape, self.weight, self.bias, self.eps,
-            residual=residual, **self._epilogue,
+            residual=residual, activation=activation, activation_args=activation_args,
         )  # fmt: skip
 
 
@@ -186,9 +212,20 @@ class RMSNorm(_Fused, torch.nn.RMSNorm):
             input: ``[..., *normalized_shape]``.
             residual: shape and dtype of ``input``, added before the activation.
         """
+        return self.run(input, residual, self.activation, self.activation_args)
+
+    def run(
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        activation: str | None,
+        activation_args: tuple[float, ...],
+    ) -> Tensor:
+        """`forward` with an activation that is given, not that of the module."""
         return functional.rms_norm(
-            input, self.normalized_shape, self.weight, self.eps, residual=residual, **self._epilogue
-        )
+            input, self.normalized_shape, self.weight, self.eps,
+            residual=residual, activation=activation, activation_args=activation_args,
+        )  # fmt: skip
 
 
 class _InstanceNorm(_Fused, torch.nn.modules.instancenorm._InstanceNorm):
@@ -222,22 +259,45 @@ class _InstanceNorm(_Fused, torch.nn.modules.instancenorm._InstanceNorm):
             input: ``[N, C, ...]`` of the rank of the module's name, or one sample ``[C, ...]``.
             residual: shape and dtype of ``input``, added before the activation.
         """
-        if residual is None and not has_torch_function((input,)):
-            return super().forward(input)
-        if has_torch_function((input,)):
-            return self._apply_instance_norm(input, residual)
-        self._check_input_dim(input)
-        if residual is not None and input.dim() == self._get_no_batch_dim():
-            y = self._apply_instance_norm(input.unsqueeze(0), residual.unsqueeze(0))
-            return y.squeeze(0)
-        return self._apply_instance_norm(input, residual)
+        return self.run(input, residual, self.activation, self.activation_args)
 
-    def _apply_instance_norm(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    def run(
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        activation: str | None,
+        activation_args: tuple[float, ...],
+    ) -> Tensor:
+        """`forward` with an activation that is given, not that of the module."""
+        if has_torch_function((input,)):
+            return self._normalized(input, residual, activation, activation_args)
+        self._check_input_dim(input)
+        one = input.dim() == self._get_no_batch_dim()
+        if input.shape[0 if one else 1] != self.num_features:  # torch warns, or raises
+            y = super().forward(input)
+            y = y if residual is None else y + residual
+            return apply(*resolve(activation, activation_args), y)
+        if not one:
+            return self._normalized(input, residual, activation, activation_args)
+        residual = None if residual is None else residual.unsqueeze(0)
+        y = self._normalized(input.unsqueeze(0), residual, activation, activation_args)
+        return y.squeeze(0)
+
+    def _apply_instance_norm(self, input: Tensor) -> Tensor:
+        return self._normalized(input, None, None, ())
+
+    def _normalized(
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        activation: str | None,
+        activation_args: tuple[float, ...],
+    ) -> Tensor:
         return functional.instance_norm(
             input, self.running_mean, self.running_var, self.weight, self.bias,
             self.training or not self.track_running_stats,
             0.0 if self.momentum is None else self.momentum, self.eps,
-            residual=residual, **self._epilogue,
+            residual=residual, activation=activation, activation_args=activation_args,
         )  # fmt: skip
 
 
