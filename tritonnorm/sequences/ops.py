@@ -156,7 +156,8 @@ def _inference(
     saved = [t if save_statistics else None for t in (mean, rstd)]
     run = _recipe("forward", y, input, False, activation, tuple(activation_args))
     vectors = (vector_of(weight), vector_of(bias), running_mean, running_var, None, 0.0, eps)
-    run(MaskedForward(_dense(input, y), y, saved[0], saved[1], None, None, *vectors, keep, None))
+    x = _dense(input, y)
+    run(MaskedForward(x, y, *saved, None, None, *vectors, keep=keep, count=None))
     return y, mean, rstd
 
 
