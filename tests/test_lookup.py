@@ -18,7 +18,7 @@ from tritonnorm import settings
 from tritonnorm.device import INTERPRETER, KNOWN, Device, simulated
 from tritonnorm.explanation import explain
 from tritonnorm.kernels import BY_NAME
-from tritonnorm.kernels.base import Config
+from tritonnorm.kernels.base import Config, launches_to
 from tritonnorm.plan import Untuned, force_plan, plan
 from tritonnorm.problem import Problem
 from tritonnorm.recipe import recipe
@@ -236,6 +236,34 @@ def test_a_group_norm_takes_what_was_tuned(cache: UserCache) -> None:
         found = ops.recipe(*call).plan
         assert (found.algorithm, found.source) == ("group_split", "user cache")
         torch.testing.assert_close(norm(x), expected)
+
+
+def test_a_rank_takes_what_was_tuned_for_ranks(cache: UserCache) -> None:
+    """Both halves of a backward the same; what was tuned for a plain batch norm is no matter."""
+    from tritonnorm.sync import ops
+
+    x, vector = torch.randn(4, 8, 7, 7), torch.ones(8)
+    plain = tuned.problem(4, 8, 49, dtype=torch.float32)
+    forward = replace(plain, form="synced")
+    saved = (x, x, None, None, vector, vector, vector, vector)
+
+    def warps() -> list[int]:
+        """Of the moments, the sums and the gradients."""
+        found: list[int] = []
+        with launches_to(lambda launch, tensors: found.append(launch.parts[2]["num_warps"])):
+            ops.call("moments", x)
+            sums, _, _ = ops.call("gradient_sums", *saved, "", (), [True, False])
+            ops.call("apply_gradient_sums", *saved, sums, vector, "", (), [True, True])
+        return [found[0], found[2], found[4]]
+
+    with simulated(H200):
+        standing.put(tuned.entry(plain))
+        assert plan(forward, H200).source == "formula" != plan(plain, H200).source
+        assert warps() == [4, 4, 4]
+        standing.put(tuned.entry(forward))
+        assert tuned.last(forward, "split").num_warps == 8 and warps() == [8, 4, 4]
+        standing.put(tuned.entry(replace(forward, direction="backward")))
+        assert warps() == [8, 8, 8]
 
 
 def test_a_warm_look_up_costs_less_than_a_microsecond(cache: UserCache) -> None:

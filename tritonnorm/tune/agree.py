@@ -66,7 +66,7 @@ def agreed(mine: Callable[[], dict[str, Any]], wait: datetime.timedelta = WAIT) 
         )
     if set(found) == {"release"}:
         settings.logger.warning(
-            "rank 0 needed no batch norm within %d s: no rank uses its cache of tuned results",
+            "rank 0 needed no norm within %d s: no rank uses its cache of tuned results",
             wait.total_seconds(),
         )
     elif found != own:
