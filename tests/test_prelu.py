@@ -237,7 +237,6 @@ def test_hooks_and_parametrizations() -> None:
     assert len(seen) == 1 and seen[0] is y
 
 
-@pytest.mark.usefixtures("without_kernels")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast_and_mixed_dtypes_do_as_torch(dtype: torch.dtype) -> None:
     """Under autocast torch's prelu computes in the lower dtype; without it mixed dtypes raise."""
