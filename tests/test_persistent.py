@@ -76,6 +76,14 @@ def test_matrix(case: Case) -> None:
     assert [launch.kernel for launch in traffic.launches] == ["forward_kernel", "backward_kernel"]
 
 
+def test_a_slope_where_nothing_is_kept() -> None:
+    """Its sum over chunks that are read twice."""
+    case = Case((8, 3, 6, 6), activation="prelu", slope="channel")
+    config = configs(Call(case.shape, False, torch.float32, "prelu"), "backward")[0]
+    with simulated(SMALL), interleaved(3):
+        matrix.check(case, "cpu", "persistent", config=config)
+
+
 CALLS = [
     Call((12, 3, 3, 20), False, torch.bfloat16, "silu", True),
     Call((3, 20, 4, 5), True, torch.float32, "relu", True),

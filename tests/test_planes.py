@@ -15,7 +15,7 @@ from tritonnorm.kernels.base import Config
 from tritonnorm.plan import choose, force_plan
 
 RESIDENT = BY_NAME["resident"]
-KINDS = ((None, None), ("relu", None), ("silu", "contiguous"))
+KINDS = ((None, None), ("relu", None), ("silu", "contiguous"), ("prelu", None))
 
 
 def rows(call: Call, direction: str = "backward") -> Config:
@@ -33,7 +33,10 @@ def test_matrix(
     """A last block with fewer channels, one sample, a large mean, and all gradients."""
     call = Call(shape, False, dtype, activation, residual is not None)
     case = Case(
-        *(shape, "contiguous", dtype, torch.float32, activation), residual=residual, mean=50.0
+        *(shape, "contiguous", dtype, torch.float32, activation),
+        residual=residual,
+        mean=50.0,
+        slope="channel" if activation == "prelu" else None,
     )
     matrix.check(case, "cpu", "resident", config=rows(call))
 

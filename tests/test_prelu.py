@@ -119,6 +119,7 @@ def test_the_fallback_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None
     ("message", "options"),
     [
         ("slope: expected a tensor", {"activation": "prelu"}),
+        ("slope: expected a tensor", {"activation": "prelu", "slope": 0.25}),
         ("slope: expected 1 or 3 elements", {"activation": "prelu", "slope": torch.ones(2)}),
         ("slope: expected 1 or 3 elements", {"activation": "prelu", "slope": torch.ones(3, 1)}),
         ("floating-point", {"activation": "prelu", "slope": torch.ones(3, dtype=torch.int64)}),
@@ -236,7 +237,6 @@ def test_hooks_and_parametrizations() -> None:
     assert len(seen) == 1 and seen[0] is y
 
 
-@pytest.mark.usefixtures("without_kernels")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast_and_mixed_dtypes_do_as_torch(dtype: torch.dtype) -> None:
     """Under autocast torch's prelu computes in the lower dtype; without it mixed dtypes raise."""
@@ -251,6 +251,33 @@ def test_autocast_and_mixed_dtypes_do_as_torch(dtype: torch.dtype) -> None:
         for each in (model, theirs):
             with pytest.raises(RuntimeError, match="Type promoting"):
                 each(x)
+
+
+@pytest.mark.usefixtures("without_kernels")
+def test_with_statistics_of_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The collectives know no third sum: torch's prelu follows."""
+    from tritonnorm.sync import nn as sync
+
+    class Ranks:
+        group_name = "two"
+
+        @staticmethod
+        def size() -> int:
+            return 2
+
+    def alone(x: Tensor, *args: Any) -> Tensor:
+        mean, var, weight, bias, momentum, eps = args[:6]
+        args[-1].add_(1)
+        return F.batch_norm(x, mean, var, weight, bias, True, momentum, eps)
+
+    model = sequence().double()
+    theirs = copy.deepcopy(model)
+    replace(model)
+    tritonnorm.convert_sync_batchnorm(model)
+    steps_alike(model, theirs, image())  # no group
+    monkeypatch.setattr(sync._Synchronized, "_group", lambda self: Ranks)
+    monkeypatch.setattr(sync, "sync_batch_norm", alone)
+    steps_alike(model, theirs, image())
 
 
 @pytest.mark.usefixtures("without_kernels")

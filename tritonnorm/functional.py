@@ -82,7 +82,8 @@ def batch_norm(
     tensors = (input, running_mean, running_var, weight, bias, residual, num_batches_tracked, slope)
     seen = overridden(tensors)  # first: a tracer would record that it was looked at
     key = None
-    if seen is None and not torch.compiler.is_compiling():
+    known = slope is None or isinstance(slope, Tensor)
+    if seen is None and known and not torch.compiler.is_compiling():
         options = (training, momentum is None, eps)
         key = call_key(tensors, activation, activation_args, options)
     accepted = None if key is None else _accepted.get(key)
