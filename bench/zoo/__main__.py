@@ -63,9 +63,7 @@ def _replace(options: argparse.Namespace) -> int:
     """Measure `replace` on the models without a result, in a random order."""
     path = options.results / "replace.jsonl"
     options.results.mkdir(parents=True, exist_ok=True)
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    known = [Replaced(**json.loads(line)) for line in lines]
-    found = {f"{r.library}/{r.name}": r for r in known}
+    found = replaced(path)
     order = list(entries())
     random.Random(0).shuffle(order)  # so that a part of them says something about all
     for entry in order:
@@ -84,6 +82,13 @@ def _replace(options: argparse.Namespace) -> int:
     if options.page:
         options.page.write_text(replacing_table.page(found, len(order)), encoding="utf-8")
     return 1 if any(r.wrong or r.raised for r in found.values()) else 0
+
+
+def replaced(path: Path) -> dict[str, Replaced]:
+    """The last row of each model in a file of `replace`, by library and name."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    rows = [Replaced(**json.loads(line)) for line in lines]
+    return {f"{r.library}/{r.name}": r for r in rows}
 
 
 def _read(path: Path) -> dict[str, Result]:
