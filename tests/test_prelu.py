@@ -19,6 +19,7 @@ import tritonnorm
 from tests.fold_models import Net, bn, conv
 from tests.test_fusing import image, rules, steps_alike
 from tritonnorm import functional
+from tritonnorm import ops as _ops  # noqa: F401  registers torch.ops.tritonnorm
 from tritonnorm.activation import resolve
 from tritonnorm.plan import force_plan
 from tritonnorm.replace import replace, restore

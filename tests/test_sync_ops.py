@@ -88,7 +88,7 @@ def test_one_rank_is_split(kind: Any) -> None:
     y, mean, rstd, _, bits = ours
     pairs = [
         *zip((y, mean, rstd, bits), whole, strict=True),
-        *zip((dx, dresidual, dweight, dbias), gradients, strict=True),
+        *zip((dx, dresidual, dweight, dbias), gradients[:4], strict=True),
         *zip(buffers, twins, strict=True),
     ]
     for a, b in pairs:
