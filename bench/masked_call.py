@@ -58,10 +58,12 @@ class MaskedCall(Call):
         short = torch.arange(n, device=device) % 4 * (self.padding * length / 3)
         lengths = length - short.long()
         x.requires_grad_("x" in self.needs)
-        return MaskedTensors(self, x, None, dy, **parts, counter=t.counter, lengths=lengths)
+        return MaskedTensors(
+            call=self, x=x, residual=None, dy=dy, **parts, counter=t.counter, lengths=lengths
+        )
 
 
-@dataclass
+@dataclass(kw_only=True)
 class MaskedTensors(Tensors):
     """The tensors of a call, and the lengths of the sequences ``[N]``."""
 

@@ -153,11 +153,26 @@ def _inference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     y = _dense_like(input)
     mean, rstd = _statistics(input, save_statistics)
-    saved = [t if save_statistics else None for t in (mean, rstd)]
     run = _recipe("forward", y, input, False, activation, tuple(activation_args))
-    vectors = (vector_of(weight), vector_of(bias), running_mean, running_var, None, 0.0, eps)
-    x = _dense(input, y)
-    run(MaskedForward(x, y, *saved, None, None, *vectors, keep=keep, count=None))
+    run(
+        MaskedForward(
+            x=_dense(input, y),
+            y=y,
+            mean=mean if save_statistics else None,
+            rstd=rstd if save_statistics else None,
+            residual=None,
+            mask=None,
+            weight=vector_of(weight),
+            bias=vector_of(bias),
+            running_mean=running_mean,
+            running_var=running_var,
+            counter=None,
+            momentum=0.0,
+            eps=eps,
+            keep=keep,
+            count=None,
+        )
+    )
     return y, mean, rstd
 
 
