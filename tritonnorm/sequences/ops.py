@@ -154,25 +154,12 @@ def _inference(
     y = _dense_like(input)
     mean, rstd = _statistics(input, save_statistics)
     run = _recipe("forward", y, input, False, activation, tuple(activation_args))
-    run(
-        MaskedForward(
-            x=_dense(input, y),
-            y=y,
-            mean=mean if save_statistics else None,
-            rstd=rstd if save_statistics else None,
-            residual=None,
-            mask=None,
-            weight=vector_of(weight),
-            bias=vector_of(bias),
-            running_mean=running_mean,
-            running_var=running_var,
-            counter=None,
-            momentum=0.0,
-            eps=eps,
-            keep=keep,
-            count=None,
-        )
-    )
+    vectors = (vector_of(weight), vector_of(bias), running_mean, running_var)
+    given = (_dense(input, y), y, mean, rstd, None, None, *vectors, None, 0.0, eps)
+    a = MaskedForward(*given, keep=keep, count=None)
+    if not save_statistics:
+        a.mean = a.rstd = None
+    run(a)
     return y, mean, rstd
 
 
