@@ -86,7 +86,8 @@ class _Search:
     def run(self) -> Found:
         inside = _counts(self.model, self.norms)
         for module in _children_first(self.model):
-            code = type(module).forward is not nn.Module.forward  # a ModuleList has none
+            own = getattr(type(module), "forward", None)  # raises in a scripted module
+            code = own is not nn.Module.forward  # a ModuleList has none
             if code and inside[id(module)] and module not in self.norms and len(module._modules):
                 self._block(module)
         for bn in self.norms:
