@@ -86,8 +86,8 @@ class _Search:
     def run(self) -> Found:
         inside = _counts(self.model, self.norms)
         for module in _children_first(self.model):
-            # A ModuleList has none, and TorchScript's own cannot be asked for on the class.
-            code = getattr(type(module), "forward", nn.Module.forward) is not nn.Module.forward
+            own = getattr(type(module), "forward", None)  # raises in a scripted module
+            code = own is not nn.Module.forward  # a ModuleList has none
             if code and inside[id(module)] and module not in self.norms and len(module._modules):
                 self._block(module)
         for bn in self.norms:
