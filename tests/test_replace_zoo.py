@@ -106,7 +106,7 @@ def test_measure_sees_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_page_adds_up() -> None:
     results = {
         "a/one": Replaced("a", "one", norms=9, fusable=8, fused=6, slopes=1, more=1,
-                          reasons={"x; not fused: the slope of q.w is learned": 2},
+                          reasons={"x; not fused: q.w is a PReLU of another class": 2},
                           errors={"eval": 1e-12}, seconds=1.0),
         "b/two": Replaced("b", "two", norms=2, fusable=2, fused=2, errors={"train": 1e-3}),
         "b/three": Replaced("b", "three", problem="not built"),
@@ -114,7 +114,7 @@ def test_the_page_adds_up() -> None:
     text = page(results, 4)
     assert "| a | 1 | 1 | 9 | 8 | 1 | 6 | 75.0 % | 1 | 0 | 0 |" in text, text
     assert "| **all** | 2 | 2 | 11 | 10 | 1 | 8 | 80.0 % | 1 | 1 | 0 |" in text
-    assert "| 2 | the slope of a prelu is learned | one 2 |" in text
+    assert "| 2 | a module is a PReLU of another class | one 2 |" in text
     assert "**3 of 4 models**" in text and "- b three: not built" in text
     assert "- b two: errors {'train': 0.001}" in text
 
