@@ -84,13 +84,19 @@ def overridden(tensors: tuple[Tensor | None, ...]) -> str | None:
     return None
 
 
+def is_exporting() -> bool:
+    """`torch.compiler.is_exporting`. The dynamo of torch 2.11 takes that for true in every compiled
+    graph; the flag behind it it reads."""
+    return torch.compiler._is_exporting_flag
+
+
 def surroundings(input: Tensor) -> str | None:
     """A reason around the call, which may change from one to the next, or None."""
     if settings.disabled():
         return "TRITONNORM_DISABLE is set"
     if not (input.is_cuda or is_simulated() or settings.interpreting()):
         return f"input is on {input.device.type}, and Triton's interpreter is off"
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return "the graph is being exported"
     if torch._C._are_functorch_transforms_active():  # the one such query that dynamo understands
         return "a torch.func transform is active"
