@@ -12,16 +12,17 @@ from tests.cases import Case
 from tritonnorm.device import INTERPRETER, KNOWN
 from tritonnorm.kernels import BY_NAME
 from tritonnorm.kernels.base import Config
+from tritonnorm.kernels.resident import vector_of
 from tritonnorm.plan import choose, force_plan
 
 RESIDENT = BY_NAME["resident"]
 KINDS = ((None, None), ("relu", None), ("silu", "contiguous"), ("prelu", None))
 
 
-def rows(call: Call, direction: str = "backward") -> Config:
-    """The configuration with whole planes of several channels."""
+def rows(call: Call, direction: str = "backward") -> list[Config]:
+    """The configurations with whole planes of several channels."""
     found = RESIDENT.configs(call.problem(direction), INTERPRETER)
-    return next(config for config in found if config.block_c > 1)
+    return sorted({config for config in found if config.block_c > 1}, key=lambda c: -c.block_c)
 
 
 @pytest.mark.parametrize("shape", [(5, 16, 7, 7), (9, 40, 3, 3), (1, 10, 1, 30)], ids=str)
@@ -38,15 +39,19 @@ def test_matrix(
         mean=50.0,
         slope="channel" if activation == "prelu" else None,
     )
-    matrix.check(case, "cpu", "resident", config=rows(call))
+    for config in rows(call):
+        matrix.check(case, "cpu", "resident", config=config)
 
 
 @pytest.mark.parametrize("kind", [{}, {"activation": "silu", "residual": True}], ids=str)
 def test_bytes(kind: dict) -> None:
     """The fewest, no race, no access out of bounds."""
     call = Call((5, 24, 3, 3), **kind)
-    for row in count(call, "resident", config=rows(call)):
-        assert row.counted == row.model == row.minimum
+    found = rows(call)
+    assert [config.block_c for config in found] == [128, 64, 32]  # 8, 4 and 2 planes of 9
+    for config in found:
+        for row in count(call, "resident", config=config):
+            assert row.counted == row.model == row.minimum
 
 
 def test_channels_of_a_block_stay_apart() -> None:
@@ -55,7 +60,7 @@ def test_channels_of_a_block_stay_apart() -> None:
     clean, dirty = matrix.build(case), matrix.build(case)
     dirty.x[1, 3, 2, 2] = float("nan")
     others = [c for c in range(16) if c != 3]
-    with force_plan("resident", rows(Call(case.shape, False, torch.float32, "silu"))):
+    with force_plan("resident", rows(Call(case.shape, False, torch.float32, "silu"))[0]):
         a, b = (
             matrix.results(matrix.by_tritonnorm, case, d, gradients=True) for d in (clean, dirty)
         )
@@ -74,6 +79,16 @@ def test_it_is_taken_where_it_fills_the_gpu(gpu: str, direction: str) -> None:
     plan = choose(Call((32, 2048, 7, 7), activation="relu").problem(direction), device)
     assert (plan.algorithm, plan.config.block_c) == ("resident", 512)
     few = choose(Call((32, 512, 7, 7), activation="relu").problem(direction), device)
-    assert (few.algorithm, few.config.block_c) == ("resident", 1)  # 64 blocks would not
+    columns = 256 if device.sms <= 128 else 128  # 128 blocks of 4 planes, or 256 of 2
+    assert (few.algorithm, few.config.block_c) == ("resident", columns)
     masked = Call((32, 2048, 7, 7), activation="relu", residual=True).problem(direction)
     assert choose(masked, device).config.block_c == 1  # a mask packs planes
+
+
+@pytest.mark.parametrize(("samples", "planes"), [(32, 8), (64, 8), (128, 4), (256, 2), (512, 1)])
+def test_more_samples_leave_registers_for_fewer_channels(samples: int, planes: int) -> None:
+    """And accesses are 128, 64, 32, or, of one channel, 16 bits wide."""
+    problem = Call((samples, 2048, 7, 7), activation="relu").problem("forward")
+    found = RESIDENT._found(problem, KNOWN["h200"])
+    assert [vector_of(problem, config) for config in found[:1]] == ([planes] if found else [])
+    assert bool(found) == (planes > 1)

@@ -23,6 +23,7 @@ from bench.processes import Job, Progress, run_jobs, silent
 from tritonnorm.device import KNOWN, simulated
 from tritonnorm.kernels import BY_NAME
 from tritonnorm.kernels.base import Config
+from tritonnorm.kernels.resident import vector_of
 from tritonnorm.norms.problem import GroupProblem
 from tritonnorm.plan import force_plan, plan
 from tritonnorm.problem import Problem
@@ -143,7 +144,9 @@ def cases(quick: bool = False) -> list[CompileCase]:
         (Call((64, 64, 7, 7), False, **fused), "split"),  # one
         (Call((64, 64, 7, 7), False, **fused), "resident"),
         (Call((64, 64, 7, 7), False, activation="silu", training=False), "affine"),  # flat
-        (Call((32, 2048, 7, 7), False, activation="relu"), "resident"),  # flat
+        (Call((32, 2048, 7, 7), False, activation="relu"), "resident"),  # flat: 128 bits
+        (Call((128, 2048, 7, 7), False, activation="relu"), "resident"),  # flat: 64 and 32
+        (Call((256, 512, 7, 7), False, torch.float32, "gelu", True), "persistent"),
         (Call((64, 1024, 14, 14), False, activation="silu"), "resident"),  # flat
         (Call((32, 36, 28, 28), True, **fused), "split"),
         (Call((256, 1024), False, **fused), "resident"),  # (N, C) input
@@ -171,9 +174,12 @@ def expected_width(case: CompileCase, direction: Direction, config: Config) -> i
     device = KNOWN[GPUS[case.target]]
     if isinstance(problem, GroupProblem):
         return access_width(problem, config, device, case.algorithm)
+    most = 128
+    if case.algorithm == "resident":
+        most = vector_of(problem, config) * problem.dtype.itemsize * 8
     if case.algorithm == "affine" or (case.algorithm == "resident" and config.block_c > 1):
         problem = problem.flat  # the same problem where it is not one of tiny planes
-    return access_width(problem, config, device)
+    return min(most, access_width(problem, config, device))
 
 
 def audit(case: CompileCase) -> list[CompileRow]:

@@ -79,7 +79,8 @@ class Cudnn(Provider):
     what = "cuDNN's batch norm, called directly, then PyTorch's operators"
 
     def absent(self) -> str | None:
-        return None if torch.backends.cudnn.is_available() else "cuDNN is not available"
+        there = torch.cuda.is_available() and torch.backends.cudnn.is_available()
+        return None if there else "cuDNN is not available"
 
     def declines(self, case: Case) -> str | None:
         if case.call.dtype not in (torch.float16, torch.float32):
