@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from . import activation as activations
 from . import folding, functional
 from . import nn as ours
+from .activated import Activated
 from .folding import Folded, Source
 
 
@@ -109,11 +110,8 @@ class FrozenLayer(nn.Module):
         return folding.run(self, input, folded, output_size)
 
 
-class FrozenNorm(nn.Module):
+class FrozenNorm(Activated):
     """Mixed in before the class of a batch norm: nothing is left of it but its activation."""
-
-    activation: str | None = None
-    activation_args: tuple[float, ...] = ()
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """``activation(input + residual)``."""

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tritonnorm import conditions, functional, reference
+from tritonnorm.activated import Activated, named
 from tritonnorm.activation import Activation, apply, resolve
 
 Layout = Literal["NCL", "NLC"]
@@ -233,7 +234,7 @@ def _track(
             running.copy_(torch.where(tracked, moved, running))
 
 
-class MaskedBatchNorm1d(torch.nn.BatchNorm1d):
+class MaskedBatchNorm1d(Activated, torch.nn.BatchNorm1d):
     """Batch norm over padded sequences: statistics over the valid positions, zeros in the padding.
 
     `torch.nn.BatchNorm1d` whose ``forward`` takes a mask or lengths; the parameters, the buffers
@@ -273,11 +274,10 @@ class MaskedBatchNorm1d(torch.nn.BatchNorm1d):
     ) -> None:
         if layout not in ("NCL", "NLC"):
             raise ValueError(f"layout: expected 'NCL' or 'NLC', got {layout!r}")
-        act, _ = resolve(activation, activation_args)
+        chosen = named(activation, activation_args)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         self.layout: Layout = layout
-        self.activation = act.name if act else None
-        self.activation_args = tuple(float(a) for a in activation_args)
+        self.activation, self.activation_args = chosen
 
     def forward(
         self, input: Tensor, mask: Tensor | None = None, lengths: Tensor | None = None
@@ -311,9 +311,5 @@ class MaskedBatchNorm1d(torch.nn.BatchNorm1d):
 
     def extra_repr(self) -> str:
         """The original's description, the layout, and the activation if there is one."""
-        text = f"{super().extra_repr()}, layout={self.layout}"
-        if self.activation is not None:
-            text += f", activation={self.activation}"
-        if self.activation_args:
-            text += f", activation_args={self.activation_args}"
-        return text
+        text = torch.nn.BatchNorm1d.extra_repr(self)
+        return f"{text}, layout={self.layout}{self.activation_repr()}"
