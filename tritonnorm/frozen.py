@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import activation as activations
-from . import folding, functional
+from . import conditions, folding
 from . import nn as ours
 from .activated import Activated
 from .folding import Folded, Source
@@ -46,9 +46,9 @@ def _kind(source: Source) -> tuple[Any, ...] | None:
     """What pairs of one launch have in common, or None if the kernels cannot fold this one."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return None
-    if not source.plain or functional.surroundings(source.weight) is not None:
+    if not source.plain or conditions.surroundings(source.weight) is not None:
         return None
-    if not functional.has_triton() or source.weight.device.type not in ("cuda", "cpu"):
+    if not conditions.has_triton() or source.weight.device.type not in ("cuda", "cpu"):
         return None
     from .kernels.folding import layout
 

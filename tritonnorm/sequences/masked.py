@@ -86,23 +86,12 @@ def masked_batch_norm(
         )
         return y.mT if layout == "NLC" else y
     act, act_args = resolve(activation, activation_args)
-    functional._check(
-        x,
-        running_mean,
-        running_var,
-        weight,
-        bias,
-        training,
-        momentum,
-        eps,
-        None,
-        num_batches_tracked,
-    )
+    tensors = (x, running_mean, running_var, weight, bias)
+    conditions.check_batch_norm(*tensors, training, momentum, eps, None, num_batches_tracked)
     keep = valid_positions(x.shape[0], x.shape[2], mask, lengths, x.device)
     counter = num_batches_tracked if training else None
-    tensors = (x, running_mean, running_var, weight, bias)
     reason = conditions.overridden((*tensors, keep)) or conditions.surroundings(x)
-    reason = reason or functional._unsupported(*tensors)
+    reason = reason or conditions.unsupported_batch_norm(*tensors)
     if reason is None:
         from . import ops
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.overrides import has_torch_function
 
 from tritonnorm import activation as activations
-from tritonnorm import conditions, functional, reference
+from tritonnorm import conditions, reference
 from tritonnorm.activation import ACTIVATIONS
 
 
@@ -62,9 +62,10 @@ def sync_batch_norm(
     act, args = activations.resolve(activation, activation_args)
     reason: str | None = "an argument overrides torch functions"
     if not has_torch_function(tensors):
-        reason = functional.examine(
-            *tensors[:5], momentum, eps, residual, num_batches_tracked,
+        conditions.check_batch_norm(
+            *tensors[:5], True, momentum, eps, residual, num_batches_tracked, alone=False,
         )  # fmt: skip
+        reason = conditions.surroundings(input) or conditions.unsupported_batch_norm(*tensors[:5])
     if reason is None:
         return SyncFunction.apply(
             *(input, residual, weight, bias, running_mean, running_var, num_batches_tracked),
