@@ -177,7 +177,7 @@ def through_activation(
 
 
 def leaf_gradients(
-    y: Tensor, leaves: Sequence[Tensor | None], needs: Sequence[bool], dy: Tensor
+    y: Tensor, leaves: Sequence[Any], needs: Sequence[bool], dy: Tensor
 ) -> tuple[Tensor | None, ...]:
     """Gradients of ``y`` by the leaves that need one, with derivatives of their own; None for the
     others."""
