@@ -24,6 +24,7 @@ from tests.blocks import (
     sample,
 )
 from tritonnorm import folding
+from tritonnorm.activated import torch_class
 from tritonnorm.fold import algebra
 
 
@@ -160,7 +161,7 @@ def test_gradients_in_eval_mode(kind: Any, rank: int) -> None:
 @every
 def test_from_modules_shares_the_parameters(kind: Any, rank: int) -> None:
     m = make(kind, rank)
-    layer, norm = layer_of(m), kind._norm_class.__mro__[2](12, eps=1e-2).double()
+    layer, norm = layer_of(m), torch_class(kind._norm_class)(12, eps=1e-2).double()
     randomize(norm, 5)
     joined = kind.from_modules(layer, norm.eval(), activation="relu")
     assert layer_of(joined) is layer and not joined.training

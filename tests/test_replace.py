@@ -238,13 +238,13 @@ def test_nothing_half_done() -> None:
         replace(model, filter_fn=broken)
     assert [type(m) for m in model] == [nn.BatchNorm2d] * 2
     # the same when the change itself fails at the second module
-    from tritonnorm.replace import SWAPS, Found, _edit
+    from tritonnorm.replace import SWAPS, _edit
 
     stubborn = Stubborn(4)
     SWAPS[Stubborn] = tritonnorm.BatchNorm2d
     try:
         with pytest.raises(TypeError, match="no"):
-            _edit([model[0], stubborn], Found())
+            _edit([model[0], stubborn], {})
     finally:
         del SWAPS[Stubborn]
     assert type(model[0]) is nn.BatchNorm2d and dict(model[0].__dict__) == before[0]

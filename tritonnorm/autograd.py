@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
-from .activation import ACTIVATIONS
 from .ops import unpack_mask
 from .recipe import activity
 
@@ -96,26 +95,14 @@ def _differentiable_backward(
     else:
         var = rstd.square().reciprocal() - eps
     v = reference.pre_activation(x_, mean, var, w, b, z, eps)
-    if mask is not None:
-        slopes = ACTIVATIONS[activation].slopes
-        assert slopes is not None
-        through, shut = slopes(*activation_args)
-        g = torch.where(unpack_mask(mask, x), dy_ * through, dy_ * shut)
-    elif learned:
+    if learned:
         leak = learned[0].to(wide).reshape(-1)
         g = torch.where(v > 0, dy_, dy_ * reference.channels(leak, v))
-    elif activation:
-        y = ACTIVATIONS[activation].function(v, *activation_args)
-        (g,) = torch.autograd.grad(y, v, dy_, create_graph=True)
     else:
-        g = dy_
-    wanted = [
-        t for t, n in zip((x, weight, bias), (needs[0], needs[2], needs[3]), strict=True) if n
-    ]
-    found = iter(torch.autograd.grad(v, wanted, g, create_graph=True) if wanted else ())
-    dx = next(found) if needs[0] else None
-    dweight = next(found) if needs[2] else None
-    dbias = next(found) if needs[3] else None
+        opened = None if mask is None else unpack_mask(mask, x)
+        g = reference.through_activation(dy_, v, activation, activation_args, opened)
+    leaves = (x, weight, bias)
+    dx, dweight, dbias = reference.leaf_gradients(v, leaves, (needs[0], *needs[2:4]), g)
     dslope = None
     if learned and needs[4]:
         terms = torch.where(v > 0, 0.0, dy_ * v)

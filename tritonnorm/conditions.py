@@ -1,4 +1,5 @@
-"""What decides between kernels and PyTorch, for every function of this library alike."""
+"""What decides between kernels and PyTorch, for every function of this library alike; and the
+checks that all forms of batch norm share."""
 
 from __future__ import annotations
 
@@ -75,6 +76,67 @@ def check_residual(residual: Tensor, input: Tensor) -> None:
     check_device("residual", residual, input)
 
 
+def check_batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    residual: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    alone: bool = True,
+) -> None:
+    """Refuse a batch norm that cannot be computed, before anything is launched or changed.
+
+    Arguments as in `functional.batch_norm`; not ``alone`` is a part of a batch, which may be a
+    single value per channel.
+    """
+    if input.dim() < 2:
+        if input.shape == (0,):
+            return  # PyTorch takes it, and answers with the same
+        raise ValueError(f"input: expected at least 2 dimensions [N, C, ...], got {input.dim()}D")
+    if not input.is_floating_point() and not input.is_complex():
+        raise ValueError(f"input: expected a floating-point dtype, got {input.dtype}")
+    channels = input.shape[1]
+    for name, vector in (
+        ("running_mean", running_mean),
+        ("running_var", running_var),
+        ("weight", weight),
+        ("bias", bias),
+    ):
+        if vector is None:
+            if not training and name.startswith("running"):
+                raise RuntimeError(f"{name} must be defined in evaluation mode")
+            continue
+        if vector.numel() != channels:
+            raise RuntimeError(f"{name} should contain {channels} elements not {vector.numel()}")
+        check_device(name, vector, input)
+    if training and (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean, running_var: expected both or neither, got one")
+    if training and alone and channels and input.numel() == channels:
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input size {input.shape}"
+        )
+    if training and eps <= 0.0:
+        raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
+    if eps < 0.0:
+        raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
+    if momentum is None and training and running_mean is not None and num_batches_tracked is None:
+        raise ValueError("momentum: None (cumulative average) needs num_batches_tracked")
+    if num_batches_tracked is not None:
+        if num_batches_tracked.numel() != 1 or num_batches_tracked.dtype != torch.int64:
+            raise ValueError(
+                "num_batches_tracked: expected an int64 scalar, got "
+                f"{num_batches_tracked.dtype} of shape {tuple(num_batches_tracked.shape)}"
+            )
+        check_device("num_batches_tracked", num_batches_tracked, input)
+    if residual is not None:
+        check_residual(residual, input)
+
+
 def overridden(tensors: tuple[Tensor | None, ...]) -> str | None:
     """A reason to hand the whole call to PyTorch unseen, or None."""
     if has_torch_function(tensors):
@@ -120,6 +182,24 @@ def unsupported(input: Tensor, vectors: Iterable[tuple[str, Tensor | None]]) -> 
         if vector is not None and vector.dtype not in (input.dtype, wide):
             return f"{name} is {vector.dtype} with an input of {input.dtype}"
     return None
+
+
+def unsupported_batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    slope: Tensor | None = None,
+) -> str | None:
+    """`unsupported` for the tensors of a batch norm."""
+    running = (("running_mean", running_mean), ("running_var", running_var))
+    vectors = (("weight", weight), ("bias", bias), ("slope", slope), *running)
+    reason = unsupported(input, vectors)
+    for name, vector in running:
+        if reason is None and vector is not None and not vector.is_contiguous():
+            return f"{name} is not contiguous"  # it is updated in place
+    return reason
 
 
 def refused_vectors(

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from . import activation as activations
-from . import folding, functional
+from . import conditions, folding
 from . import nn as ours
+from .activated import Activated
 from .folding import Folded, Source
 
 
@@ -45,9 +46,9 @@ def _kind(source: Source) -> tuple[Any, ...] | None:
     """What pairs of one launch have in common, or None if the kernels cannot fold this one."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return None
-    if not source.plain or functional.surroundings(source.weight) is not None:
+    if not source.plain or conditions.surroundings(source.weight) is not None:
         return None
-    if not functional.has_triton() or source.weight.device.type not in ("cuda", "cpu"):
+    if not conditions.has_triton() or source.weight.device.type not in ("cuda", "cpu"):
         return None
     from .kernels.folding import layout
 
@@ -109,11 +110,8 @@ class FrozenLayer(nn.Module):
         return folding.run(self, input, folded, output_size)
 
 
-class FrozenNorm(nn.Module):
+class FrozenNorm(Activated):
     """Mixed in before the class of a batch norm: nothing is left of it but its activation."""
-
-    activation: str | None = None
-    activation_args: tuple[float, ...] = ()
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """``activation(input + residual)``."""

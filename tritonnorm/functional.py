@@ -14,14 +14,13 @@ from . import activation as activations
 from .conditions import (
     Accepted,
     call_key,
+    check_batch_norm,
     check_device,
-    check_residual,
     log_once,
     overridden,
-    unsupported,
+    surroundings,
+    unsupported_batch_norm,
 )
-from .conditions import has_triton as has_triton
-from .conditions import surroundings as surroundings
 from .norms.functional import group_norm as group_norm
 from .norms.functional import instance_norm as instance_norm
 from .norms.functional import layer_norm as layer_norm
@@ -92,13 +91,13 @@ def batch_norm(
         act, act_args = activations.resolve_learned(activation, activation_args, slope, channels)
         reason = seen
         if reason is None:
-            _check(
+            check_batch_norm(
                 input, running_mean, running_var, weight, bias, training, momentum, eps, residual,
                 num_batches_tracked,
             )  # fmt: skip
             if slope is not None:
                 check_device("slope", slope, input)
-            reason = surroundings(input) or _unsupported(*tensors[:5], slope)
+            reason = surroundings(input) or unsupported_batch_norm(*tensors[:5], slope)
         if reason is not None:
             log_once("batch_norm", reason)
             return _by_torch(
@@ -112,101 +111,6 @@ def batch_norm(
         input, residual, weight, bias, running_mean, running_var,
         num_batches_tracked if training else None, training, momentum, eps, *accepted, slope,
     )  # fmt: skip
-
-
-def examine(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    momentum: float | None,
-    eps: float,
-    residual: Tensor | None,
-    num_batches_tracked: Tensor | None,
-) -> str | None:
-    """The checks of `batch_norm` for a part of a batch, which may be empty or a single value, and a
-    reason why the kernels cannot compute it, or None."""
-    tensors = (input, running_mean, running_var, weight, bias)
-    _check(
-        *tensors, True, momentum, eps, residual, num_batches_tracked, alone=False,
-    )  # fmt: skip
-    return surroundings(input) or _unsupported(*tensors)
-
-
-def _check(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    residual: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    alone: bool = True,
-) -> None:
-    """Refuse what cannot be computed, before anything is launched or changed."""
-    if input.dim() < 2:
-        if input.shape == (0,):
-            return  # PyTorch takes it, and answers with the same
-        raise ValueError(f"input: expected at least 2 dimensions [N, C, ...], got {input.dim()}D")
-    if not input.is_floating_point() and not input.is_complex():
-        raise ValueError(f"input: expected a floating-point dtype, got {input.dtype}")
-    channels = input.shape[1]
-    for name, vector in (
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-        ("weight", weight),
-        ("bias", bias),
-    ):
-        if vector is None:
-            if not training and name.startswith("running"):
-                raise RuntimeError(f"{name} must be defined in evaluation mode")
-            continue
-        if vector.numel() != channels:
-            raise RuntimeError(f"{name} should contain {channels} elements not {vector.numel()}")
-        check_device(name, vector, input)
-    if training and (running_mean is None) != (running_var is None):
-        raise ValueError("running_mean, running_var: expected both or neither, got one")
-    if training and alone and channels and input.numel() == channels:
-        raise ValueError(
-            f"Expected more than 1 value per channel when training, got input size {input.shape}"
-        )
-    if training and eps <= 0.0:
-        raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
-    if eps < 0.0:
-        raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
-    if momentum is None and training and running_mean is not None and num_batches_tracked is None:
-        raise ValueError("momentum: None (cumulative average) needs num_batches_tracked")
-    if num_batches_tracked is not None:
-        if num_batches_tracked.numel() != 1 or num_batches_tracked.dtype != torch.int64:
-            raise ValueError(
-                "num_batches_tracked: expected an int64 scalar, got "
-                f"{num_batches_tracked.dtype} of shape {tuple(num_batches_tracked.shape)}"
-            )
-        check_device("num_batches_tracked", num_batches_tracked, input)
-    if residual is not None:
-        check_residual(residual, input)
-
-
-def _unsupported(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    slope: Tensor | None = None,
-) -> str | None:
-    """Why the kernels cannot compute this kind of tensors, or None."""
-    running = (("running_mean", running_mean), ("running_var", running_var))
-    vectors = (("weight", weight), ("bias", bias), ("slope", slope), *running)
-    reason = unsupported(input, vectors)
-    for name, vector in running:
-        if reason is None and vector is not None and not vector.is_contiguous():
-            return f"{name} is not contiguous"  # it is updated in place
-    return reason
 
 
 def _autograd() -> Any:

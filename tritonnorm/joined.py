@@ -12,6 +12,7 @@ from torch.overrides import has_torch_function
 from . import activation as activations
 from . import folding
 from . import nn as ours
+from .activated import torch_class
 from .folding import Folded, Source
 from .settings import logger
 
@@ -89,7 +90,7 @@ class Joined(nn.Module):
             ValueError: a module is of another class, their channels differ, or an activation is
                 given although ``bn`` has its own.
         """
-        plain = cls._norm_class.__mro__[2]
+        plain = torch_class(cls._norm_class)
         if type(layer) is not cls._layer_class:
             expected = cls._layer_class.__name__
             raise ValueError(f"layer: expected torch.nn.{expected}, got {type(layer).__name__}")

@@ -18,17 +18,15 @@ from torch import Tensor
 from torch.overrides import has_torch_function
 
 from . import functional
+from .activated import Activated, named
 from .activation import of_module, resolve
 
 # torch >= 2.13 builds a batch norm with a weight and no bias.
 _HAS_BIAS_ARGUMENT = "bias" in inspect.signature(torch.nn.BatchNorm2d).parameters
 
 
-class _FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
+class _FusedBatchNorm(Activated, torch.nn.modules.batchnorm._BatchNorm):
     """Shared by the three modules; mixed in before the torch class of each rank."""
-
-    activation: str | None = None
-    activation_args: tuple[float, ...] = ()
 
     def __init__(
         self,
@@ -44,15 +42,14 @@ class _FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         activation: str | None = None,
         activation_args: Sequence[float] = (),
     ) -> None:
-        act, _ = resolve(activation, activation_args)
+        chosen = named(activation, activation_args)  # refuses before anything is built
         options = {"bias": bias} if _HAS_BIAS_ARGUMENT else {}
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device, dtype, **options
         )
         if not bias and not _HAS_BIAS_ARGUMENT:
             self.register_parameter("bias", None)
-        self.activation = act.name if act else None
-        self.activation_args = tuple(float(a) for a in activation_args)
+        self.activation, self.activation_args = chosen
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """``activation(batch_norm(input) + residual)``.
@@ -116,15 +113,6 @@ class _FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         except KeyError:
             found = (self.running_mean, self.running_var, self.num_batches_tracked)
             return (self.weight, self.bias, *found)
-
-    def extra_repr(self) -> str:
-        """The original's description, and the activation if there is one."""
-        text = super().extra_repr()
-        if self.activation is not None:
-            text += f", activation={self.activation}"
-        if self.activation_args:
-            text += f", activation_args={self.activation_args}"
-        return text
 
 
 class BatchNorm1d(_FusedBatchNorm, torch.nn.BatchNorm1d):

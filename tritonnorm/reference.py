@@ -1,6 +1,7 @@
 """The specification: batch norm forward and backward in plain PyTorch, in float64.
 
-The kernels are held to these functions. They are written to be read, not to be fast.
+The kernels are held to these functions. They are written to be read, not to be fast. Two more,
+`through_activation` and `leaf_gradients`, are shared by the gradients that have derivatives.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .activation import Activation, resolve_learned
+from .activation import ACTIVATIONS, Activation, resolve_learned
 
 # PyTorch's CPU gradient of hardsigmoid has 1/6 in float32 precision, in float64 too.
 EXACT: dict[str, Callable[..., Tensor]] = {
@@ -156,6 +157,33 @@ def backward(
         axes = _positions(x) if slope.numel() == x.shape[1] else list(range(x.dim()))
         dslope = (dy * v.detach().clamp(max=0.0)).sum(axes).reshape(slope.shape)
     return Backward(dx * channels(scale, x), g, dweight, dbias, dslope)
+
+
+def through_activation(
+    dy: Tensor, v: Tensor, activation: str, args: Sequence[float], opened: Tensor | None = None
+) -> Tensor:
+    """The gradient at the pre-activation ``v`` for ``dy`` behind the activation (a name, or empty),
+    with derivatives of its own. ``opened``, bool of the shape of ``v``, is where a derivative of
+    two values has the first."""
+    found = ACTIVATIONS.get(activation)
+    if found is None:
+        return dy
+    if opened is None:
+        y = found.function(v, *args)
+        return torch.autograd.grad(y, v, dy, create_graph=True)[0]
+    assert found.slopes is not None
+    through, shut = found.slopes(*args)
+    return torch.where(opened, dy * through, dy * shut)
+
+
+def leaf_gradients(
+    y: Tensor, leaves: Sequence[Any], needs: Sequence[bool], dy: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Gradients of ``y`` by the leaves that need one, with derivatives of their own; None for the
+    others."""
+    wanted = [leaf for leaf, needed in zip(leaves, needs, strict=True) if needed]
+    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True) if wanted else ())
+    return tuple(next(found) if needed else None for needed in needs)
 
 
 def updated_running(

@@ -7,8 +7,8 @@ in which a norm runs together with what follows it get a forward of their own.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,12 @@ from torch.nn.utils import parametrize
 from tritonnorm import nn as ours
 from tritonnorm.flow.inputs import Call, calls_from
 from tritonnorm.fusing.forward import FusedForward
-from tritonnorm.fusing.search import Found, search
-from tritonnorm.fusing.verify import differing, recorded
 from tritonnorm.norms import swap
 from tritonnorm.report import LEFT, Report, Row
 from tritonnorm.sync.nn import SyncBatchNorm
+
+if TYPE_CHECKING:
+    from tritonnorm.fusing.search import Found
 
 __all__ = ["replace", "restore"]
 
@@ -98,9 +99,9 @@ def replace(
         report.rows.append(Row(shown, kind, "replaced", _what(module), "class swap"))
     if whole:
         report.notes.append(whole)
-    found = _fusable(model, chosen, calls, report) if fuse and chosen else Found()
+    found = _fusable(model, chosen, calls, report) if fuse and chosen else None
     if not dry_run:
-        _edit(list(chosen), found)
+        _edit(list(chosen), found.forwards if found else {})
     return model, report
 
 
@@ -108,6 +109,10 @@ def _fusable(
     model: nn.Module, chosen: dict[nn.Module, int], calls: list[Call] | None, report: Report
 ) -> Found:
     """What can be fused; the rows of the report are written anew."""
+    # Here, as they are a fifth of `import tritonnorm`, which most programs want for its modules.
+    from tritonnorm.fusing.search import search
+    from tritonnorm.fusing.verify import differing, recorded
+
     names = {module: name for name, module in model.named_modules()}
     if calls is not None and (reason := _cannot_run(model)):
         report.notes.append(reason)
@@ -156,7 +161,7 @@ def restore(model: nn.Module) -> nn.Module:
     return model
 
 
-def _edit(modules: list[nn.Module], found: Found) -> None:
+def _edit(modules: list[nn.Module], forwards: Mapping[nn.Module, FusedForward]) -> None:
     """Change the norms and the blocks, or nothing when anything raises."""
     done: list[tuple[nn.Module, type[nn.Module]]] = []
     try:
@@ -166,10 +171,10 @@ def _edit(modules: list[nn.Module], found: Found) -> None:
             module.__class__ = SWAPS[plain]
             module.__dict__.update(_ADDED)
             module.__dict__[_MARK] = plain
-        for forward in found.forwards.values():
+        for forward in forwards.values():
             forward.install()
     except BaseException:
-        for block in found.forwards:
+        for block in forwards:
             FusedForward.remove(block)
         for module, plain in done:
             _to_plain(module, plain)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from tritonnorm.activated import torch_class
 from tritonnorm.activation import resolve
 from tritonnorm.fold.algebra import Folded
 from tritonnorm.fold.inspect import OURS, Names, is_layer
@@ -33,7 +34,7 @@ def _with_activation(bn: nn.Module, name: str, args: tuple[float, ...]) -> nn.Mo
     """One of our batch norms with the tensors of this one."""
     put = copy.copy(bn)
     put.__dict__ |= {k: dict(v) for k, v in bn.__dict__.items() if isinstance(v, dict)}
-    put.__class__ = next(ours for ours in OURS if isinstance(bn, ours.__mro__[2]))
+    put.__class__ = next(ours for ours in OURS if isinstance(bn, torch_class(ours)))
     put.activation, put.activation_args = name, args  # type: ignore[assignment]
     return put
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonnorm.activation import ACTIVATIONS
+from tritonnorm.reference import leaf_gradients, through_activation
 
 from . import ops, reference
 
@@ -79,15 +79,8 @@ def _differentiable_backward(
     z, w, b = (None if t is None else t.to(wide) for t in (residual, weight, bias))
     z = z.reshape(x_.shape) if z is not None else None
     v = reference.pre_activation(x_, groups, w, b, z, eps, centred)
-    if activation:
-        y = ACTIVATIONS[activation].function(v, *activation_args)
-        (g,) = torch.autograd.grad(y, v, g, create_graph=True)
-    asked = (x, weight, bias)
-    wanted = [t for t, n in zip(asked, (needs[0], *needs[2:]), strict=True) if n]
-    found = iter(torch.autograd.grad(v, wanted, g, create_graph=True) if wanted else ())
-    dx = next(found) if needs[0] else None
-    dweight = next(found) if needs[2] else None
-    dbias = next(found) if needs[3] else None
+    g = through_activation(g, v, activation, activation_args)
+    dx, dweight, dbias = leaf_gradients(v, (x, weight, bias), (needs[0], *needs[2:]), g)
     return dx, g.to(x.dtype).reshape(x.shape) if needs[1] else None, dweight, dbias
 
 

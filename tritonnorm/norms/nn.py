@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.overrides import has_torch_function
 
 from tritonnorm import functional
+from tritonnorm.activated import Activated, named
 from tritonnorm.activation import apply, resolve
 
 # torch >= 2.13 builds group and instance norms with a weight and no bias.
@@ -27,17 +28,8 @@ def _bias(module: torch.nn.Module, bias: bool) -> None:
         module.register_parameter("bias", None)
 
 
-class _Fused(torch.nn.Module):
+class _Fused(Activated):
     """Activation and residual; mixed in before the torch class."""
-
-    activation: str | None = None
-    activation_args: tuple[float, ...] = ()
-
-    def _fuse(self, activation: str | None, activation_args: Sequence[float]) -> None:
-        """Set the epilogue; torch's constructor has run."""
-        act, _ = resolve(activation, activation_args)
-        self.activation = act.name if act else None
-        self.activation_args = tuple(float(a) for a in activation_args)
 
     def run(
         self,
@@ -48,15 +40,6 @@ class _Fused(torch.nn.Module):
     ) -> Tensor:
         """`forward` with an activation that is given, not that of the module."""
         raise NotImplementedError
-
-    def extra_repr(self) -> str:
-        """The original's description, and the activation if there is one."""
-        text = super().extra_repr()
-        if self.activation is not None:
-            text += f", activation={self.activation}"
-        if self.activation_args:
-            text += f", activation_args={self.activation_args}"
-        return text
 
 
 class GroupNorm(_Fused, torch.nn.GroupNorm):
@@ -95,7 +78,7 @@ class GroupNorm(_Fused, torch.nn.GroupNorm):
         options = {"bias": bias} if _HAS_BIAS_ARGUMENT else {}
         super().__init__(num_groups, num_channels, eps, affine, device, dtype, **options)
         _bias(self, bias)
-        self._fuse(activation, activation_args)
+        self.activation, self.activation_args = named(activation, activation_args)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """``activation(group_norm(input) + residual)``.
@@ -150,7 +133,7 @@ class LayerNorm(_Fused, torch.nn.LayerNorm):
         activation_args: Sequence[float] = (),
     ) -> None:
         super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
-        self._fuse(activation, activation_args)
+        self.activation, self.activation_args = named(activation, activation_args)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """``activation(layer_norm(input) + residual)``.
@@ -203,7 +186,7 @@ class RMSNorm(_Fused, torch.nn.RMSNorm):
         activation_args: Sequence[float] = (),
     ) -> None:
         super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
-        self._fuse(activation, activation_args)
+        self.activation, self.activation_args = named(activation, activation_args)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """``activation(rms_norm(input) + residual)``.
@@ -250,7 +233,7 @@ class _InstanceNorm(_Fused, torch.nn.modules.instancenorm._InstanceNorm):
             num_features, eps, momentum, affine, track_running_stats, device, dtype, **options
         )
         _bias(self, bias)
-        self._fuse(activation, activation_args)
+        self.activation, self.activation_args = named(activation, activation_args)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """``activation(instance_norm(input) + residual)``.

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tritonnorm import conditions, functional, reference
+from tritonnorm.activated import Activated, named
 from tritonnorm.activation import Activation, apply, resolve
 
 Layout = Literal["NCL", "NLC"]
@@ -85,23 +86,12 @@ def masked_batch_norm(
         )
         return y.mT if layout == "NLC" else y
     act, act_args = resolve(activation, activation_args)
-    functional._check(
-        x,
-        running_mean,
-        running_var,
-        weight,
-        bias,
-        training,
-        momentum,
-        eps,
-        None,
-        num_batches_tracked,
-    )
+    tensors = (x, running_mean, running_var, weight, bias)
+    conditions.check_batch_norm(*tensors, training, momentum, eps, None, num_batches_tracked)
     keep = valid_positions(x.shape[0], x.shape[2], mask, lengths, x.device)
     counter = num_batches_tracked if training else None
-    tensors = (x, running_mean, running_var, weight, bias)
     reason = conditions.overridden((*tensors, keep)) or conditions.surroundings(x)
-    reason = reason or functional._unsupported(*tensors)
+    reason = reason or conditions.unsupported_batch_norm(*tensors)
     if reason is None:
         from . import ops
 
@@ -233,7 +223,7 @@ def _track(
             running.copy_(torch.where(tracked, moved, running))
 
 
-class MaskedBatchNorm1d(torch.nn.BatchNorm1d):
+class MaskedBatchNorm1d(Activated, torch.nn.BatchNorm1d):
     """Batch norm over padded sequences: statistics over the valid positions, zeros in the padding.
 
     `torch.nn.BatchNorm1d` whose ``forward`` takes a mask or lengths; the parameters, the buffers
@@ -273,11 +263,10 @@ class MaskedBatchNorm1d(torch.nn.BatchNorm1d):
     ) -> None:
         if layout not in ("NCL", "NLC"):
             raise ValueError(f"layout: expected 'NCL' or 'NLC', got {layout!r}")
-        act, _ = resolve(activation, activation_args)
+        chosen = named(activation, activation_args)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         self.layout: Layout = layout
-        self.activation = act.name if act else None
-        self.activation_args = tuple(float(a) for a in activation_args)
+        self.activation, self.activation_args = chosen
 
     def forward(
         self, input: Tensor, mask: Tensor | None = None, lengths: Tensor | None = None
@@ -311,9 +300,5 @@ class MaskedBatchNorm1d(torch.nn.BatchNorm1d):
 
     def extra_repr(self) -> str:
         """The original's description, the layout, and the activation if there is one."""
-        text = f"{super().extra_repr()}, layout={self.layout}"
-        if self.activation is not None:
-            text += f", activation={self.activation}"
-        if self.activation_args:
-            text += f", activation_args={self.activation_args}"
-        return text
+        text = torch.nn.BatchNorm1d.extra_repr(self)
+        return f"{text}, layout={self.layout}{self.activation_repr()}"

@@ -289,9 +289,7 @@ def _differentiable_backward(
     w, b = (None if t is None else t.to(wide) for t in (weight, bias))
     found = ACTIVATIONS.get(activation)
     y = reference.masked_output(x_, here, mean, var, w, b, eps, found, args)
-    wanted = [t for t, n in zip((x, weight, bias), needs, strict=True) if n]
-    grads = iter(torch.autograd.grad(y, wanted, dy.to(wide), create_graph=True) if wanted else ())
-    return tuple(next(grads) if n else None for n in needs)
+    return reference.leaf_gradients(y, (x, weight, bias), needs, dy.to(wide))
 
 
 def _forward(

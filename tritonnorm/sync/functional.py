@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.overrides import has_torch_function
 
 from tritonnorm import activation as activations
-from tritonnorm import conditions, functional, reference
+from tritonnorm import conditions, reference
 from tritonnorm.activation import ACTIVATIONS
 
 
@@ -62,9 +62,10 @@ def sync_batch_norm(
     act, args = activations.resolve(activation, activation_args)
     reason: str | None = "an argument overrides torch functions"
     if not has_torch_function(tensors):
-        reason = functional.examine(
-            *tensors[:5], momentum, eps, residual, num_batches_tracked,
+        conditions.check_batch_norm(
+            *tensors[:5], True, momentum, eps, residual, num_batches_tracked, alone=False,
         )  # fmt: skip
+        reason = conditions.surroundings(input) or conditions.unsupported_batch_norm(*tensors[:5])
     if reason is None:
         return SyncFunction.apply(
             *(input, residual, weight, bias, running_mean, running_var, num_batches_tracked),
@@ -270,27 +271,19 @@ def _differentiable_backward(
     """The backward as PyTorch operations and collectives that have derivatives themselves."""
     x, residual, mask, weight, bias, mean, _, merged = ctx.saved_tensors
     eps, activation, activation_args, _, _, group = ctx.options
-    found, count = ACTIVATIONS.get(activation), merged[0].clamp(min=1)
+    count = merged[0].clamp(min=1)
     x_, dy_ = (t.to(mean.dtype) for t in (x, dy))
     w, b, z = (None if t is None else t.to(mean.dtype) for t in (weight, bias, residual))
     mean = _Added.apply(x_.sum(_positions(x)), group) / count
     centred = (x_ - reference.channels(mean, x)).square().sum(_positions(x))
     var = _Added.apply(centred, group) / count
     v = reference.pre_activation(x_, mean, var, w, b, z, eps)
-    if mask is not None and found is not None:
+    opened = None
+    if mask is not None:
         from tritonnorm.ops import unpack_mask
 
-        assert found.slopes is not None
-        through, shut = found.slopes(*activation_args)
-        g = torch.where(unpack_mask(mask, x), dy_ * through, dy_ * shut)
-    elif found is not None:
-        (g,) = torch.autograd.grad(found.function(v, *activation_args), v, dy_, create_graph=True)
-    else:
-        g = dy_
+        opened = unpack_mask(mask, x)
+    g = reference.through_activation(dy_, v, activation, activation_args, opened)
     leaves = (x, weight, bias)
-    wanted = [t for t, n in zip(leaves, (needs[0], *needs[2:]), strict=True) if n]
-    answers = iter(torch.autograd.grad(v, wanted, g, create_graph=True) if wanted else ())
-    dx = next(answers) if needs[0] else None
-    dresidual = g.to(x.dtype) if needs[1] else None
-    dweight = next(answers) if needs[2] else None
-    return dx, dresidual, dweight, next(answers) if needs[3] else None
+    dx, dweight, dbias = reference.leaf_gradients(v, leaves, (needs[0], *needs[2:]), g)
+    return dx, g.to(x.dtype) if needs[1] else None, dweight, dbias

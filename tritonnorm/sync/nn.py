@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import has_torch_function
 
 from tritonnorm import nn as ours
-from tritonnorm.activation import resolve
+from tritonnorm.activated import named
 from tritonnorm.nn import _HAS_BIAS_ARGUMENT, _FusedBatchNorm
 
 from .functional import sync_batch_norm
@@ -114,7 +114,7 @@ class SyncBatchNorm(_Synchronized, nn.SyncBatchNorm):
         activation: str | None = None,
         activation_args: Sequence[float] = (),
     ) -> None:
-        act, _ = resolve(activation, activation_args)
+        chosen = named(activation, activation_args)
         options = {"bias": bias} if _HAS_BIAS_ARGUMENT else {}
         nn.SyncBatchNorm.__init__(
             self, num_features, eps, momentum, affine, track_running_stats, process_group,
@@ -122,8 +122,7 @@ class SyncBatchNorm(_Synchronized, nn.SyncBatchNorm):
         )  # fmt: skip
         if not bias and not _HAS_BIAS_ARGUMENT:
             self.register_parameter("bias", None)
-        self.activation = act.name if act else None
-        self.activation_args = tuple(float(a) for a in activation_args)
+        self.activation, self.activation_args = chosen
 
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
