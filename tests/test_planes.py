@@ -11,8 +11,7 @@ from tests import matrix
 from tests.cases import Case
 from tritonnorm.device import INTERPRETER, KNOWN
 from tritonnorm.kernels import BY_NAME
-from tritonnorm.kernels.base import Config
-from tritonnorm.kernels.resident import vector_of
+from tritonnorm.kernels.base import Config, vector_of
 from tritonnorm.plan import choose, force_plan
 
 RESIDENT = BY_NAME["resident"]

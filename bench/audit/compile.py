@@ -23,8 +23,6 @@ from bench.processes import Job, Progress, run_jobs, silent
 from tritonnorm.device import KNOWN, simulated
 from tritonnorm.kernels import BY_NAME
 from tritonnorm.kernels.base import Config
-from tritonnorm.kernels.resident import vector_of
-from tritonnorm.norms.problem import GroupProblem
 from tritonnorm.plan import force_plan, plan
 from tritonnorm.problem import Problem
 from tritonnorm.tune.prune import access_width, widths
@@ -168,20 +166,6 @@ def cases(quick: bool = False) -> list[CompileCase]:
     ]
 
 
-def expected_width(case: CompileCase, direction: Direction, config: Config) -> int:
-    """Bits that an access can have: by what divides the contiguous axis, and a thread's share."""
-    problem = case.call.problem(direction)
-    device = KNOWN[GPUS[case.target]]
-    if isinstance(problem, GroupProblem):
-        return access_width(problem, config, device, case.algorithm)
-    most = 128
-    if case.algorithm == "resident":
-        most = vector_of(problem, config) * problem.dtype.itemsize * 8
-    if case.algorithm == "affine" or (case.algorithm == "resident" and config.block_c > 1):
-        problem = problem.flat  # the same problem where it is not one of tiny planes
-    return min(most, access_width(problem, config, device))
-
-
 def audit(case: CompileCase) -> list[CompileRow]:
     """Compile a case and inspect its kernels; one that several configurations share has one row.
 
@@ -267,7 +251,8 @@ def _row(
 ) -> CompileRow:
     found = widths(report)
     mask = found.pop("mask", 0)
-    expected = expected_width(case, direction, config)
+    problem, device = case.call.problem(direction), KNOWN[GPUS[case.target]]
+    expected = access_width(problem, config, device, case.algorithm)
     return CompileRow(case, direction, config, launches, report, found, mask, expected)
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 
 import pytest
 import torch
 
-from bench.audit.compile import GPUS, CompileCase, audit, cases, expected_width, same_code
+from bench.audit.compile import GPUS, CompileCase, audit, cases, same_code
 from bench.audit.tables import compile_summary
 from bench.call import DIRECTIONS, Call
 from tritonnorm.device import KNOWN
@@ -94,27 +93,34 @@ def test_a_tensor_that_no_access_is_found_of_is_an_error(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
-    ("shape", "channels_last", "dtype", "bits"),
+    ("shape", "channels_last", "dtype", "algorithm", "columns", "bits"),
     [
-        ((32, 64, 56, 56), False, torch.bfloat16, 128),
-        ((32, 64, 14, 14), False, torch.bfloat16, 64),
-        ((32, 64, 14, 14), False, torch.float32, 128),
-        ((32, 64, 7, 7), False, torch.bfloat16, 16),
-        ((32, 64, 7, 7), True, torch.bfloat16, 128),
-        ((32, 36, 7, 7), True, torch.float16, 64),
-        ((32, 3, 7, 7), True, torch.float64, 64),
+        ((32, 64, 56, 56), False, torch.bfloat16, "split", 1, 128),
+        ((32, 64, 14, 14), False, torch.bfloat16, "split", 1, 64),
+        ((32, 64, 14, 14), False, torch.float32, "split", 1, 128),
+        ((32, 64, 7, 7), False, torch.bfloat16, "split", 1, 16),
+        ((32, 64, 7, 7), True, torch.bfloat16, "split", 64, 128),
+        ((32, 36, 7, 7), True, torch.float16, "split", 64, 64),
+        ((32, 3, 7, 7), True, torch.float64, "split", 64, 64),
+        ((32, 64, 7, 7), False, torch.bfloat16, "resident", 1, 16),
+        ((32, 64, 7, 7), False, torch.bfloat16, "resident", 128, 32),  # planes of two channels
+        ((32, 64, 7, 7), False, torch.bfloat16, "resident", 512, 128),  # of eight
+        ((32, 64, 14, 14), False, torch.bfloat16, "resident", 512, 128),
+        ((32, 64, 7, 7), False, torch.bfloat16, "affine", 512, 128),
     ],
 )
-def test_what_alignment_allows(shape, channels_last, dtype, bits) -> None:
-    call = Call(shape, channels_last, dtype)
-    config = Config(64, 1, 64) if channels_last else Config(1, 8, 512)
-    assert expected_width(CompileCase(call, "split", "sm_90"), "forward", config) == bits
+def test_what_alignment_allows(shape, channels_last, dtype, algorithm, columns, bits) -> None:
+    problem = Call(shape, channels_last, dtype).problem("forward")
+    config = Config(columns, 1, 64) if columns > 1 else Config(1, 8, 512)
+    assert prune.access_width(problem, config, KNOWN["h100"], algorithm) == bits
 
 
 def test_a_tile_can_be_what_limits_the_width() -> None:
-    case = CompileCase(Call((32, 64, 56, 56)), "split", "sm_90")
-    assert expected_width(case, "forward", Config(1, 1, 256)) == 32  # two elements a thread
-    assert expected_width(replace(case, target="gfx942"), "forward", Config(1, 1, 256)) == 16
+    problem, config = Call((32, 64, 56, 56)).problem("forward"), Config(1, 1, 256)
+    assert (
+        prune.access_width(problem, config, KNOWN["h100"], "split") == 32
+    )  # two elements a thread
+    assert prune.access_width(problem, config, KNOWN["mi300x"], "split") == 16
 
 
 def test_a_case_that_an_algorithm_cannot_run() -> None:

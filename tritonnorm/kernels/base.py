@@ -235,6 +235,37 @@ def registers_kept(problem: Problem) -> float:
     return own + (problem.accumulator.itemsize / 4 if more else own)
 
 
+def whole_planes(problem: Problem, config: Config) -> bool:
+    """Whether a configuration of `resident` is for `Problem.flat`, not for the problem as it is."""
+    return problem.plane > 1 and config.block_c >= 2 * problem.plane
+
+
+def plane_widths(problem: Problem) -> list[int]:
+    """How many channels' planes make wider accesses than one: of 16 bytes, 8, 4."""
+    if problem.plane == 1:
+        return []
+    widest = min(problem.flat.vector, 16 // problem.dtype.itemsize)
+    return [
+        vector // problem.vector for vector in (16, 8, 4, 2) if problem.vector < vector <= widest
+    ]
+
+
+def vector_of(problem: Problem, config: Config) -> int:
+    """Neighbouring elements that an access can have, as `Problem.vector`: what divides the place of
+    every block."""
+    if not whole_planes(problem, config):
+        return problem.vector
+    size = channels_of_block(problem, config) * problem.plane
+    return min(problem.flat.vector, size & -size)
+
+
+def channels_of_block(problem: Problem, config: Config) -> int:
+    """Channels of a block of `resident`."""
+    if not whole_planes(problem, config):
+        return config.block_c
+    return 1 << (config.block_c // problem.plane).bit_length() - 1
+
+
 def advance_counter(a: ForwardArguments) -> bool:
     """Whether the running averages are cumulative (momentum None); if so the counter moves before
     the launch.

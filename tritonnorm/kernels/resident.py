@@ -20,9 +20,13 @@ from .base import (
     Launch,
     advance_counter,
     cdiv,
+    channels_of_block,
     next_power_of_2,
+    plane_widths,
     predicted_seconds,
     registers_kept,
+    vector_of,
+    whole_planes,
     x_strides,
 )
 from .tiling import power_of_two_blocks
@@ -67,7 +71,7 @@ class Resident:
     def _found(self, problem: Problem, device: Device) -> list[Config]:
         """Configurations with whole planes of several channels, widest access first, and one by
         channel."""
-        planes = [self._whole_planes(problem, device, width) for width in _widths(problem)]
+        planes = [self._whole_planes(problem, device, width) for width in plane_widths(problem)]
         return [config for config in (*planes, self._fitting(problem, device)) if config]
 
     def model_bytes(self, problem: Problem, config: Config) -> int:
@@ -77,7 +81,7 @@ class Resident:
         return minimum_bytes(problem)
 
     def predict(self, problem: Problem, config: Config, device: Device) -> float:
-        blocks = cdiv(problem.view.c, _width(problem, config))
+        blocks = cdiv(problem.view.c, channels_of_block(problem, config))
         return predicted_seconds(device, minimum_bytes(problem), blocks, launches=1)
 
     def _whole_planes(self, problem: Problem, device: Device, width: int) -> Config | None:
@@ -164,53 +168,20 @@ class Resident:
         return run
 
     def _launch(self, kernel: Any, problem: Problem, config: Config, **meta: Any) -> Launch:
-        width = _width(problem, config)
+        width = channels_of_block(problem, config)
         grid = (cdiv(problem.view.c, width),)
-        geometry = config.geometry(problem)
-        vector = vector_of(problem, config)
+        vector, plane = vector_of(problem, config), 1
         if whole_planes(problem, config):
-            meta["PLANE"], problem = problem.plane, problem.flat
-            geometry = config.geometry(problem)
-            geometry["VEC"] = vector
+            plane, problem = problem.plane, problem.flat
         view = problem.view
         return Launch(
             kernel,
             grid,
             (view.n, view.c, view.p, *x_strides(problem)),
             config.num_warps,
-            **{"PLANE": 1, **meta},
+            **meta,
+            **{**config.geometry(problem), "VEC": vector},
+            PLANE=plane,
             WIDTH=width,
             CHUNKS=config.chunks(problem),
-            **geometry,
         )
-
-
-def whole_planes(problem: Problem, config: Config) -> bool:
-    """Whether a configuration is for `Problem.flat` and not for the problem as it is."""
-    return problem.plane > 1 and config.block_c > 1
-
-
-def _widths(problem: Problem) -> list[int]:
-    """How many channels' planes make wider accesses than one: of 16 bytes, 8, 4."""
-    if problem.plane == 1:
-        return []
-    widest = min(problem.flat.vector, 16 // problem.dtype.itemsize)
-    return [
-        vector // problem.vector for vector in (16, 8, 4, 2) if problem.vector < vector <= widest
-    ]
-
-
-def vector_of(problem: Problem, config: Config) -> int:
-    """Neighbouring elements that an access can have, as `Problem.vector`: what divides the place of
-    every block."""
-    if not whole_planes(problem, config):
-        return problem.vector
-    size = _width(problem, config) * problem.plane
-    return min(problem.flat.vector, size & -size)
-
-
-def _width(problem: Problem, config: Config) -> int:
-    """Channels of a block."""
-    if not whole_planes(problem, config):
-        return config.block_c
-    return 1 << (config.block_c // problem.plane).bit_length() - 1
