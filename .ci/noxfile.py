@@ -1,4 +1,4 @@
-"""The suite under other versions of Triton, by hand: `nox -f .ci/noxfile.py`."""
+"""The suite under other versions of Triton and torch, by hand: `nox -f .ci/noxfile.py`."""
 
 from __future__ import annotations
 
@@ -8,21 +8,24 @@ import nox
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Triton 3.4's interpreter does not run with numpy 2.4. The second column is for those.
+# Triton -> (torch, numpy), as pip writes requirements. Triton 3.6 is what torch 2.11 brings. Triton
+# 3.4's interpreter does not run with numpy 2.4.
 VERSIONS = {
-    "3.4.0": "numpy<2.4",
-    "3.6.0": "numpy",
-    "3.7.1": "numpy",
-    "3.9.0": "numpy",
+    "3.4.0": ("torch==2.13.0", "numpy<2.4"),
+    "3.6.0": ("torch==2.11.0", "numpy"),
+    "3.7.1": ("torch==2.13.0", "numpy"),
+    "3.9.0": ("torch==2.13.0", "numpy"),
 }
+CHOSEN = ("triton==", "torch==", "numpy==")
 
 
 def constraints(triton: str, folder: Path) -> Path:
-    """The CI constraints less their lines for triton and numpy, which the session chooses."""
+    """The CI constraints less their lines for what the session chooses."""
     lines = (ROOT / ".ci" / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    kept = [line for line in lines if not line.startswith(("triton==", "numpy=="))]
+    kept = [line for line in lines if not line.startswith(CHOSEN)]
     path = folder / "constraints.txt"
-    path.write_text("\n".join([*kept, f"triton=={triton}", VERSIONS[triton], ""]), encoding="utf-8")
+    lines = [*kept, f"triton=={triton}", *VERSIONS[triton], ""]
+    path.write_text("\n".join(lines), encoding="utf-8")
     return path
 
 
