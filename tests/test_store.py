@@ -270,9 +270,23 @@ def test_a_folder_that_is_read_only(tmp_path: Path) -> None:
         folder.chmod(0o700)
 
 
+def test_without_platformdirs(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where the package runs from its sources: results last as long as the process."""
+    monkeypatch.delenv("TRITONNORM_CACHE_DIR", raising=False)
+    monkeypatch.setitem(sys.modules, "platformdirs", None)
+    monkeypatch.setattr(store, "_warned", set())
+    cache = UserCache()
+    assert cache.root is None and not cache.put(tuned.entry())
+    assert cache.entries() == [tuned.entry()]
+    assert any("platformdirs is not installed" in w for w in warnings(caplog))
+
+
 def test_no_home(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.delenv("TRITONNORM_CACHE_DIR", raising=False)
     monkeypatch.setattr("platformdirs.user_cache_path", lambda name: Path("~/.cache") / name)
+    monkeypatch.setattr(store, "_warned", set())
     cache = UserCache()
     assert cache.root is None and not cache.put(tuned.entry())
     assert cache.entries() == [tuned.entry()] and any("home" in w for w in warnings(caplog))

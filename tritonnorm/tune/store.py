@@ -303,8 +303,11 @@ def _digest(value: Any) -> str:
 
 def _home() -> Path | None:
     """The user's cache folder, or None if the user has no home."""
-    import platformdirs
-
+    try:
+        import platformdirs
+    except ImportError:  # the package runs from its sources, without an installation
+        _warn_once("platformdirs is not installed, so results of tuning are not kept")
+        return None
     with contextlib.suppress(RuntimeError, OSError, KeyError):
         folder = platformdirs.user_cache_path("tritonnorm")
         return folder if folder.is_absolute() else None
