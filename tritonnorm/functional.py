@@ -115,6 +115,10 @@ def batch_norm(
 
 def _autograd() -> Any:
     """The module that launches kernels. It is imported with the first call: it needs triton."""
+    if torch.compiler.is_compiling():  # dynamo would guard the global, and compile a second time
+        from . import autograd
+
+        return autograd
     global _imported
     if _imported is None:
         from . import autograd as _imported
