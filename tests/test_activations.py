@@ -63,7 +63,7 @@ def epilogue_kernel(
     v = tl.load(v_ptr + i)
     g = tl.load(dy_ptr + i)
     tl.store(y_ptr + i, activate(v, ACT, A, B))
-    tl.store(g_ptr + i, activation_gradient(v, g, GRADIENT, GATE, GATED, A, B))
+    tl.store(g_ptr + i, activation_gradient(v, g, True, GRADIENT, GATE, GATED, A, B))
 
 
 def points(dtype: torch.dtype, device: str = "cpu") -> Tensor:

@@ -93,7 +93,8 @@ ROOMS = (
     Room("tune.store", ours=(*LEAVES, "tune.key"), theirs=("torch", "platformdirs")),
     Room("tune.lookup", ours=(*LEAVES, *KERNELS, "tune.key", "tune.revisions", "tune.store")),
     Room("tune.standing", ours=(*LEAVES, *LOOKUP)),
-    Room("tune.machine_code", ours=(), theirs=("triton",)),
+    Room("tune.loops", ours=(), theirs=()),
+    Room("tune.machine_code", ours=("tune.loops",), theirs=("triton",)),
     Room(
         "tune.*",
         ours=(*BELOW_OPS, "observe", "timing", *FOR_TRIALS, "tune.*"),

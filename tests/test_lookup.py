@@ -250,7 +250,7 @@ def test_a_rank_takes_what_was_tuned_for_ranks(cache: UserCache) -> None:
     def warps() -> list[int]:
         """Of the moments, the sums and the gradients."""
         found: list[int] = []
-        with launches_to(lambda launch, tensors: found.append(launch.parts[2]["num_warps"])):
+        with launches_to(lambda launch, _: found.append(launch.parts("cuda")[2]["num_warps"])):
             ops.call("moments", x)
             sums, _, _ = ops.call("gradient_sums", *saved, "", (), [True, False])
             ops.call("apply_gradient_sums", *saved, sums, vector, "", (), [True, True])

@@ -11,6 +11,7 @@ from torch import Tensor
 from tests import cases, matrix
 from tests.cases import Case
 from tritonnorm import functional, nn, reference
+from tritonnorm.kernels.base import Config
 from tritonnorm.plan import force_plan
 
 ALGORITHMS = ("split", "resident")
@@ -182,3 +183,52 @@ def test_two_values_per_channel() -> None:
     torch.testing.assert_close(y.abs(), torch.ones_like(y), rtol=1e-10, atol=0.0)
     (dx,) = torch.autograd.grad(y, x, torch.randn(2, 2, dtype=torch.float64))
     assert dx.abs().max() <= 1e-10
+
+
+@pytest.mark.parametrize("apart, rest, spread", [(-0.7, 0.1, 0.0), (0.0, 1000.0, 1.0)])
+def test_a_first_tile_that_lies_apart(apart: float, rest: float, spread: float) -> None:
+    """130 tiles of a program: with one pivot for them all, 5e-4 of the variance were lost."""
+    generator = torch.Generator().manual_seed(0)
+    x = rest + spread * torch.randn(1, 1, 130 * 64, generator=generator)
+    x[..., :64] = apart
+    mean, var = torch.zeros(1), torch.zeros(1)
+    with force_plan("split", Config(1, 1, 64, splits=1)):
+        functional.batch_norm(x, mean, var, training=True, momentum=1.0)
+    exact = x.double().var()
+    assert float((var - exact).abs() / exact) <= 2e-5
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_variance_that_overflows(layout: str) -> None:
+    """Infinity, so the output is the bias; and not NaN, as long as sums are finite."""
+    generator = torch.Generator().manual_seed(0)
+    x = cases.LAYOUTS[layout](1e22 * torch.randn(4, 5, 6, 8, generator=generator))
+    mean, var = torch.zeros(5), torch.zeros(5)
+    with forced("split", x):
+        y = functional.batch_norm(x, mean, var, training=True, momentum=1.0)
+    assert torch.isinf(var).all() and (y == 0).all()
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_slope_that_overflows_where_no_element_is(algorithm: str) -> None:
+    """A constant channel of 2^58: 0 is so far from its mean that the slope of gelu is infinite."""
+    x = torch.full((3, 3, 5, 7), 2.0**58, requires_grad=True)
+    bias = torch.zeros(3, requires_grad=True)
+    with forced(algorithm, x):
+        y = functional.batch_norm(
+            x, None, None, torch.ones(3), bias, training=True, activation="gelu_tanh"
+        )
+        (dbias,) = torch.autograd.grad(y.sum(), bias)
+    assert torch.allclose(dbias, torch.full((3,), 0.5 * 105))
+
+
+@pytest.mark.parametrize("name, at", [("sigmoid", 10.0), ("sigmoid", 14.0), ("mish", -9e37)])
+def test_slopes_in_the_tails(name: str, at: float) -> None:
+    """Digits of a slope that is nearly 0, where 1 - sigmoid cancels and 4 v overflows."""
+    x = torch.full((2, 3, 4), at, requires_grad=True)
+    y = functional.batch_norm(x, torch.zeros(3), torch.ones(3), eps=0.0, activation=name)
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    v = x.detach().double().requires_grad_()
+    apply = torch.sigmoid if name == "sigmoid" else torch.nn.functional.mish
+    (exact,) = torch.autograd.grad(apply(v).sum(), v)
+    assert torch.allclose(dx.double(), exact, rtol=1e-5, atol=0.0)

@@ -38,8 +38,8 @@ for i, (name, options) in enumerate(json.loads(sys.argv[3]).items()):
     os.environ.update({"TRITONNORM_TUNE": "off", "WORLD_SIZE": "1"})
     os.environ.update({n: v[rank] for n, v in options.items() if n.isupper()})
     agree.agreed.__defaults__ = (datetime.timedelta(seconds=options.get("wait", 60)),)
-    if rank:
-        standing.REVISIONS["split"] = options.get("revision", 1)
+    if rank and "revision" in options:
+        standing.REVISIONS["split"] = options["revision"]
     standing.reload()
     plans = said[name] = []
     def ask():

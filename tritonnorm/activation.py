@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -52,8 +53,8 @@ ACTIVATIONS: dict[str, Activation] = {
         ),
         Activation("hardsigmoid", F.hardsigmoid, nn.Hardsigmoid, slopes=lambda: (1.0 / 6.0, 0.0)),
         Activation("hardswish", F.hardswish, nn.Hardswish),
-        Activation("sigmoid", Tensor.sigmoid, nn.Sigmoid),
-        Activation("tanh", Tensor.tanh, nn.Tanh),
+        Activation("sigmoid", torch.sigmoid, nn.Sigmoid),
+        Activation("tanh", torch.tanh, nn.Tanh),
         Activation("silu", F.silu, nn.SiLU),
         Activation("gelu", F.gelu, nn.GELU),
         Activation(

@@ -81,9 +81,7 @@ def _compiler(where: torch.device, made: dict[Launch, bool]) -> Any:
 
     def compile_one(launch: Launch, tensors: tuple[Any, ...]) -> None:
         with torch.cuda.device(where) if where.type == "cuda" else contextlib.nullcontext():
-            compiled = launch.compile(driver.active.get_current_device(), tensors)
-            if compiled is not None:
-                compiled._init_handles()
-        made[launch] = made.get(launch, False) or compiled is not None
+            new = launch.compile(driver.active.get_current_device(), tensors)
+        made[launch] = made.get(launch, False) or new
 
     return compile_one

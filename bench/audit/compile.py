@@ -33,6 +33,13 @@ __all__ = ["GPUS", "CompileCase", "CompileRow", "audit", "audit_in_children", "c
 #: Target -> the GPU whose description plans for it.
 GPUS = {"sm_80": "a100", "sm_90": "h200", "sm_100": "b200", "gfx942": "mi300x"}
 
+# Target -> instructions of threads that its GPU issues in a second. For the H200 NVIDIA gives 67
+# TFLOPS of float32, two for every fused multiply-add that its multiprocessors issue.
+ISSUED = {"sm_90": 67e12 / 2}
+# The most of its bytes' time that a kernel may need to issue its instructions; the second where
+# every element has an address of its own: BN+add+relu on planes of 7 by 7 needs 1.23, too much.
+MOST_ISSUE, MOST_ISSUE_ALONE = 1.0, 1.25
+
 
 @dataclass(frozen=True)
 class CompileCase:
@@ -77,12 +84,25 @@ class CompileRow:
     expected: int
 
     @property
+    def issue(self) -> float:
+        """The share of the time that its bytes take which its busiest loop needs to issue its
+        instructions; 0 where that is not known."""
+        bandwidth, issued = KNOWN[GPUS[self.case.target]].bandwidth, ISSUED.get(self.case.target)
+        if issued is None:
+            return 0.0
+        most = max((each.instructions / each.bytes for each in self.report.loops), default=0.0)
+        return most * bandwidth / issued
+
+    @property
     def faults(self) -> list[str]:
         """What is wrong with it, in words; empty if nothing is."""
         r = self.report
         found = [f"{r.spills} spills"] if r.spills else []
         if r.stack:
             found.append(f"{r.stack} bytes of stack")
+        alone = self.case.call.problem(self.direction).vector == 1
+        if self.issue > (MOST_ISSUE_ALONE if alone else MOST_ISSUE):
+            found.append(f"issues for {self.issue:.2f} of the time of its bytes")
         for name, bits in self.widths.items():
             if bits < self.expected:
                 found.append(f"{name} is accessed in {bits} of {self.expected} bits")
@@ -101,7 +121,8 @@ def cases(quick: bool = False) -> list[CompileCase]:
 
     First every algorithm in every configuration for every target, with an epilogue that keeps many
     values alive. Then, in the formula's configuration, other epilogues, dtypes and sizes; these
-    take turns with the targets, two each, and the sizes are disassembled. ``quick``: one layer of
+    take turns with the targets, two each, and the sizes are disassembled, as is all of it for the
+    H200, whose instructions are counted. ``quick``: one layer of
     ResNet-50 for every algorithm, in the formula's configuration.
     """
     large, small = (32, 256, 56, 56), (8, 512, 7, 7)
@@ -159,7 +180,11 @@ def cases(quick: bool = False) -> list[CompileCase]:
         *every_one,
         *meeting,
         *(
-            CompileCase(*each, target, every_config=False, disassemble=each[0].op == "BN+add+relu")
+            CompileCase(
+                *(*each, target),
+                every_config=False,
+                disassemble=target in ISSUED or each[0].op == "BN+add+relu",
+            )
             for i, each in enumerate(other)
             for target in pairs[i % 2]
         ),

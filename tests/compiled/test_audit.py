@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 
+from bench.audit import compile as compile_audit
 from bench.audit.compile import GPUS, CompileCase, audit, cases, same_code
 from bench.audit.tables import compile_summary
 from bench.call import DIRECTIONS, Call
@@ -70,6 +71,16 @@ def test_a_spill_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     assert any("spills" in fault for row in rows for fault in row.faults)
     assert any("stack" in fault for row in rows for fault in row.faults)
     assert "have faults" in compile_summary(rows)
+
+
+def test_too_many_instructions_are_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are counted for the H200, and more than the bytes leave time for is said."""
+    call = Call((64, 256, 56, 56), True, activation="relu")
+    case = CompileCase(call, "persistent", "sm_90", every_config=False, disassemble=True)
+    rows = audit(case)
+    assert all(0.2 < row.issue < 0.8 and not row.faults for row in rows), [r.issue for r in rows]
+    monkeypatch.setitem(compile_audit.ISSUED, "sm_90", compile_audit.ISSUED["sm_90"] / 4)
+    assert any("issues for" in fault for row in rows for fault in row.faults)
 
 
 def test_a_narrow_access_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:

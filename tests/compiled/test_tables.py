@@ -11,6 +11,7 @@ from tests import tuned
 from tritonnorm.cli.main import main
 from tritonnorm.device import KNOWN
 from tritonnorm.kernels.base import Config
+from tritonnorm.tune.revisions import REVISIONS
 from tritonnorm.tune.store import SHIPPED, read_table, write_table
 from tritonnorm.tune.validate import device_of, faults_of
 
@@ -33,9 +34,9 @@ def test_a_made_up_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert list(faults_of(read_table(path))) == []
     old = replace(GOOD, revision=GOOD.revision + 1)
     other = replace(GOOD, config={**GOOD.config, "block_p": 8192})
-    none = replace(GOOD, algorithm="affine")
+    none = replace(GOOD, algorithm="affine", revision=REVISIONS["affine"])
     assert [fault.partition(": ")[2] for fault in faults_of([old, other, none])] == [
-        "of revision 2 of split",
+        f"of revision {old.revision} of split",
         f"split does not offer {dict(other.config)}",
         f"affine does not offer {dict(none.config)}",
     ]

@@ -89,7 +89,8 @@ def load_gradient(
 ):
     """The gradient g at the pre-activation, [BLOCK_C, BLOCK_M]; it is that of the residual too.
 
-    With it come the terms of the gradient of a learned slope; without one g again, for nothing."""
+    Where no element is, dy reads as 0 and g is 0: sums need not ask what is valid. With g come
+    the terms of the gradient of a learned slope; without one g again, for nothing."""
     g = tl.load(dy_ptr + base + lane, mask=valid, other=0.0).to(mean.dtype)
     of_leak = g
     if mask_ptr is not None:
@@ -105,7 +106,7 @@ def load_gradient(
             residual = tl.load(residual_ptr + base + lane, mask=valid, other=0.0).to(mean.dtype)
         v = epilogue.pre_activation(x, residual, mean, scale, shift)
         if leak is None:
-            g = epilogue.activation_gradient(v, g, GRADIENT, GATE, GATED, A, B)
+            g = epilogue.activation_gradient(v, g, valid, GRADIENT, GATE, GATED, A, B)
         else:
             g, of_leak = epilogue.prelu_gradient(v, g, leak)
     if dresidual_ptr is not None:
@@ -121,6 +122,7 @@ def gradient(
     scale,  # [BLOCK_C] weight * rstd
     shift,  # [BLOCK_C] bias
     leak,  # [BLOCK_C] learned slope, or None
+    valid,  # [BLOCK_C, BLOCK_M], or True where sums do not follow
     GRADIENT: tl.constexpr,
     GATE: tl.constexpr,
     GATED: tl.constexpr,
@@ -134,7 +136,7 @@ def gradient(
         dy, of_leak = epilogue.prelu_gradient(v, dy, leak)
     elif GRADIENT is not None or GATE is not None:
         v = epilogue.pre_activation(x, None, mean, scale, shift)
-        dy = epilogue.activation_gradient(v, dy, GRADIENT, GATE, GATED, A, B)
+        dy = epilogue.activation_gradient(v, dy, valid, GRADIENT, GATE, GATED, A, B)
     return dy, of_leak
 
 

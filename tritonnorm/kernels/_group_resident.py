@@ -72,18 +72,19 @@ def forward_kernel(
             x_at = n * x_n + c0 * x_c + p0 * x_p + x_lane
             xs = xs + (tl.load(x_ptr + x_at, mask=valid, other=0.0),)
     count = groups.size_of(C, K, P, ACC, PER)
-    mean = groups.total(tl.zeros([BLOCK_C, BLOCK_P], ACC), PER)
+    sums = tl.zeros([BLOCK_C, BLOCK_P], ACC)
     if CENTRED:
         for i in tl.static_range(CHUNKS_C * CHUNKS_P):
-            mean += groups.total(xs[i].to(ACC), PER)
-        mean = mean / count
-    m2 = groups.total(tl.zeros([BLOCK_C, BLOCK_P], ACC), PER)
+            sums += xs[i].to(ACC)
+    mean = groups.total(sums, PER) / count
+    squares = tl.zeros([BLOCK_C, BLOCK_P], ACC)
     for i in tl.static_range(CHUNKS_C):
         for j in tl.static_range(CHUNKS_P):
             c0, p0 = c_first + i * BLOCK_C, p_first + j * BLOCK_P
             _, _, valid = groups.lanes(c0, c_end, p0, P, BLOCK_C, BLOCK_P)
             centred = tl.where(valid, xs[i * CHUNKS_P + j].to(ACC) - mean, 0.0)
-            m2 += groups.total(centred * centred, PER)
+            squares += centred * centred
+    m2 = groups.total(squares, PER)
     rstd = 1.0 / tl.sqrt(m2 / count + tl.full([], eps, ACC))
     c, p, _ = groups.lanes(c_first, c_end, p_first, P, BLOCK_C, BLOCK_P)
     at, there = groups.statistic_index(n, c, c_end, p, G, K, P, PER)
@@ -147,7 +148,6 @@ def backward_kernel(
         C, P, xs_n, xs_c, xs_p, BLOCK_C, BLOCK_P, CHANNELS_LAST
     )
     count = groups.size_of(C, K, P, ACC, PER)
-    # Rows add up element by element, and are summed once at the end.
     LANES: tl.constexpr = BLOCK_P if PER == groups.POSITION else 1
     part_g = tl.zeros([BLOCK_C, LANES], ACC)
     part_gn = tl.zeros([BLOCK_C, LANES], ACC)
@@ -161,14 +161,14 @@ def backward_kernel(
             mean = tl.load(mean_ptr + at, mask=there, other=0.0)
         xs = ()
         gs = ()
-        mean_g = groups.total(tl.zeros([BLOCK_C, BLOCK_P], ACC), PER)
-        slope = groups.total(tl.zeros([BLOCK_C, BLOCK_P], ACC), PER)
+        step_g = tl.zeros([BLOCK_C, LANES], ACC)  # weighted
+        step_gn = tl.zeros([BLOCK_C, LANES], ACC)
         for i in tl.static_range(CHUNKS_C):
             c0 = c_first + i * BLOCK_C
             c, _, _ = groups.lanes(c0, c_end, p_first, P, BLOCK_C, BLOCK_P)
             weight, bias = groups.load_affine(c, c_end, weight_ptr, bias_ptr, ACC)
-            sum_g = tl.zeros([BLOCK_C, LANES], ACC)
-            sum_gn = tl.zeros([BLOCK_C, LANES], ACC)
+            of_g = tl.zeros([BLOCK_C, LANES], ACC)
+            of_gn = tl.zeros([BLOCK_C, LANES], ACC)
             for j in tl.static_range(CHUNKS_P):
                 p0 = p_first + j * BLOCK_P
                 _, _, valid = groups.lanes(c0, c_end, p0, P, BLOCK_C, BLOCK_P)
@@ -179,30 +179,25 @@ def backward_kernel(
                     normal, weight, bias, dy_ptr, residual_ptr, dresidual_ptr,
                     n * s_n + c0 * s_c + p0 * s_p + lane, valid, GRADIENT, GATE, GATED, A, B,
                 )  # fmt: skip
-                gn = g * normal
+                # A tile of sums beside what is kept would spill.
+                of_g += groups.over_positions(g, PER)
+                of_gn += groups.over_positions(g * normal, PER)
                 if dx_ptr is not None:
-                    mean_g += groups.total(g * weight, PER)
-                    slope += groups.total(gn * weight, PER)
                     xs = xs + (raw,)
                     gs = gs + (g,)
-                if partial_ptr is not None:
-                    if PER == groups.POSITION:
-                        sum_g += g
-                        sum_gn += gn
-                    else:
-                        sum_g += tl.sum(g, 1, keep_dims=True)
-                        sum_gn += tl.sum(gn, 1, keep_dims=True)
+            step_g += of_g * weight
+            step_gn += of_gn * weight
             if partial_ptr is not None:
                 if CHUNKS_C == 1:
-                    part_g += sum_g
-                    part_gn += sum_gn
+                    part_g += of_g
+                    part_gn += of_gn
                 else:  # one step a program
                     row = partial_ptr + tl.cast(part, tl.int64) * C + c
-                    tl.store(row, sum_g, mask=c < c_end)
-                    tl.store(row + plane, sum_gn, mask=c < c_end)
+                    tl.store(row, tl.sum(of_g, 1, keep_dims=True), mask=c < c_end)
+                    tl.store(row + plane, tl.sum(of_gn, 1, keep_dims=True), mask=c < c_end)
         if dx_ptr is not None:
-            mean_g = mean_g / count
-            slope = slope / count
+            mean_g = groups.total(step_g, PER) / count
+            slope = groups.total(step_gn, PER) / count
             for i in tl.static_range(CHUNKS_C):
                 c0 = c_first + i * BLOCK_C
                 c, _, _ = groups.lanes(c0, c_end, p_first, P, BLOCK_C, BLOCK_P)

@@ -65,24 +65,35 @@ def moments_kernel(
     )
     first, last = range_of(tl.program_id(1), PER_SPLIT, CHUNKS)
     count = tl.zeros([], ACC)
-    mean = groups.total(tl.zeros([BLOCK_C, BLOCK_P], ACC), PER)
-    m2 = groups.total(tl.zeros([BLOCK_C, BLOCK_P], ACC), PER)
-    for chunk in range(first, last):
-        n, c0, p0 = summed_tile(tl.program_id(0), chunk, C, BLOCK_C, BLOCK_P, PER)
-        _c, _p, valid = groups.lanes(c0, C, p0, P, BLOCK_C, BLOCK_P)
-        x_at = n * x_n + c0 * x_c + p0 * x_p + x_lane
-        x = tl.load(x_ptr + x_at, mask=valid, other=0.0).to(ACC)
-        if PER == groups.POSITION:
-            size = tl.cast(tl.minimum(C - c0, BLOCK_C), ACC)
-        else:
-            size = tl.cast(tl.minimum(P - p0, BLOCK_P), ACC)
-        if CENTRED:
-            tile_mean = groups.total(x, PER) / size
-            x = tl.where(valid, x - tile_mean, 0.0)
-        else:
-            tile_mean = mean
-        tile_m2 = groups.total(x * x, PER)
-        count, mean, m2 = moments.merge_means(count, mean, m2, size, tile_mean, tile_m2)
+    total = groups.total(tl.zeros([BLOCK_C, BLOCK_P], ACC), PER)
+    base = total
+    m2 = total
+    for run in range(first, last, moments.RUN):
+        size = tl.zeros([], ACC)
+        pivot = groups.total(tl.zeros([BLOCK_C, BLOCK_P], ACC), PER)
+        sums = tl.zeros([BLOCK_C, BLOCK_P], ACC)
+        squares = tl.zeros([BLOCK_C, BLOCK_P], ACC)
+        for chunk in range(run, tl.minimum(run + moments.RUN, last)):
+            n, c0, p0 = summed_tile(tl.program_id(0), chunk, C, BLOCK_C, BLOCK_P, PER)
+            _c, _p, valid = groups.lanes(c0, C, p0, P, BLOCK_C, BLOCK_P)
+            x_at = n * x_n + c0 * x_c + p0 * x_p + x_lane
+            x = tl.load(x_ptr + x_at, mask=valid, other=0.0).to(ACC)
+            if PER == groups.POSITION:
+                values = tl.cast(tl.minimum(C - c0, BLOCK_C), ACC)
+            else:
+                values = tl.cast(tl.minimum(P - p0, BLOCK_P), ACC)
+            if CENTRED:
+                if chunk == run:
+                    pivot = moments.finite(groups.total(x * (1.0 / values), PER))
+                sums, squares = moments.add_tile(sums, squares, x, pivot, valid)
+            else:
+                squares += x * x
+            size += values
+        count, base, total, m2 = moments.merge_run(
+            count, base, total, m2,
+            size, pivot, groups.total(sums, PER), groups.total(squares, PER),
+        )  # fmt: skip
+    mean = base + total / tl.maximum(count, 1.0)
     n, c0, p0 = summed_tile(tl.program_id(0), first, C, BLOCK_C, BLOCK_P, PER)
     c, p, _ = groups.lanes(c0, C, p0, P, BLOCK_C, BLOCK_P)
     at, there = sum_index(n, c, p, C, P, PER)
@@ -188,8 +199,8 @@ def sums_kernel(
         C, P, xs_n, xs_c, xs_p, BLOCK_C, BLOCK_P, CHANNELS_LAST
     )
     first, last = range_of(tl.program_id(1), PER_SPLIT, CHUNKS)
-    sum_g = groups.total(tl.zeros([BLOCK_C, BLOCK_P], ACC), PER)
-    sum_gn = groups.total(tl.zeros([BLOCK_C, BLOCK_P], ACC), PER)
+    sums_g = tl.zeros([BLOCK_C, BLOCK_P], ACC)
+    sums_gn = tl.zeros([BLOCK_C, BLOCK_P], ACC)
     n, c0, p0 = summed_tile(tl.program_id(0), first, C, BLOCK_C, BLOCK_P, PER)
     c, p, _ = groups.lanes(c0, C, p0, P, BLOCK_C, BLOCK_P)
     at, there = groups.statistic_index(n, c, C, p, G, K, P, PER)
@@ -208,14 +219,15 @@ def sums_kernel(
             normal, weight, bias, dy_ptr, residual_ptr, None,
             n * s_n + c0 * s_c + p0 * s_p + lane, valid, GRADIENT, GATE, GATED, A, B,
         )  # fmt: skip
-        sum_g += groups.total(g * weight, PER)
-        sum_gn += groups.total(g * weight * normal, PER)
+        sums_g += g * weight
+        sums_gn += g * weight * normal
     n, c0, p0 = summed_tile(tl.program_id(0), first, C, BLOCK_C, BLOCK_P, PER)
     c, p, _ = groups.lanes(c0, C, p0, P, BLOCK_C, BLOCK_P)
     at, there = sum_index(n, c, p, C, P, PER)
     row = partial_ptr + tl.program_id(1).to(tl.int64) * SUMS + at
-    tl.store(row, sum_g, mask=there)
-    tl.store(row + tl.num_programs(1).to(tl.int64) * SUMS, sum_gn, mask=there)
+    tl.store(row, groups.total(sums_g, PER), mask=there)
+    plane = tl.num_programs(1).to(tl.int64) * SUMS
+    tl.store(row + plane, groups.total(sums_gn, PER), mask=there)
 
 
 @triton.jit(do_not_specialize=["PER_SPLIT", "CHUNKS"])
@@ -265,8 +277,8 @@ def gradient_kernel(
         count = tl.cast(C, ACC)
     else:
         count = tl.cast(K, ACC) * tl.cast(P, ACC)
-    part_g = tl.zeros([BLOCK_C, 1], ACC)
-    part_gn = tl.zeros([BLOCK_C, 1], ACC)
+    sums_g = tl.zeros([BLOCK_C, BLOCK_P], ACC)
+    sums_gn = tl.zeros([BLOCK_C, BLOCK_P], ACC)
     first, last = range_of(tl.program_id(1), PER_SPLIT, CHUNKS)
     of_sample = tl.cdiv(P, BLOCK_P)
     for i in range(first, last):
@@ -292,9 +304,10 @@ def gradient_kernel(
             dx = groups.input_gradient(g, normal, weight, rstd, mean_g, slope, CENTRED)
             tl.store(dx_ptr + dense, dx.to(dx_ptr.dtype.element_ty), mask=valid)
         if partial_ptr is not None:
-            part_g += tl.sum(g, 1, keep_dims=True)
-            part_gn += tl.sum(g * normal, 1, keep_dims=True)
+            sums_g += g
+            sums_gn += g * normal
     if partial_ptr is not None:
         row = partial_ptr + tl.program_id(1).to(tl.int64) * C + column
-        tl.store(row, part_g, mask=column < C)
-        tl.store(row + tl.num_programs(1).to(tl.int64) * C, part_gn, mask=column < C)
+        tl.store(row, tl.sum(sums_g, 1, keep_dims=True), mask=column < C)
+        plane = tl.num_programs(1).to(tl.int64) * C
+        tl.store(row + plane, tl.sum(sums_gn, 1, keep_dims=True), mask=column < C)

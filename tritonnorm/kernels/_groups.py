@@ -74,6 +74,15 @@ def total(t, PER: tl.constexpr):
 
 
 @triton.jit
+def over_positions(t, PER: tl.constexpr):
+    """The sum over positions, [BLOCK_C, 1], where they share a statistic; else the tile."""
+    if PER == POSITION:
+        return t
+    else:
+        return tl.sum(t, 1, keep_dims=True)
+
+
+@triton.jit
 def size_of(C, K, P, ACC: tl.constexpr, PER: tl.constexpr):
     """How many values share a statistic."""
     if PER == POSITION:
@@ -160,16 +169,17 @@ def load_gradient(
     A: tl.constexpr,
     B: tl.constexpr,
 ):
-    """The gradient g at the pre-activation, 0 where nothing is; it is that of the residual too."""
+    """The gradient g at the pre-activation, 0 where no element is; it is that of the residual
+    too."""
     g = tl.load(dy_ptr + at, mask=valid, other=0.0).to(normal.dtype)
     if GRADIENT is not None or GATE is not None:
         v = normal * weight + bias
         if residual_ptr is not None:
             v += tl.load(residual_ptr + at, mask=valid, other=0.0).to(normal.dtype)
-        g = epilogue.activation_gradient(v, g, GRADIENT, GATE, GATED, A, B)
+        g = epilogue.activation_gradient(v, g, valid, GRADIENT, GATE, GATED, A, B)
     if dresidual_ptr is not None:
         tl.store(dresidual_ptr + at, g.to(dresidual_ptr.dtype.element_ty), mask=valid)
-    return tl.where(valid, g, 0.0)
+    return g
 
 
 @triton.jit

@@ -70,52 +70,45 @@ def forward_kernel(
         lane_n, lane_p, s_n, s_p, lane, x_n, x_p, x_lane = tile.frame(
             c, C, P, xs_n, xs_c, xs_p, BLOCK_N, BLOCK_P, CHANNELS_LAST
         )
-        count = tl.zeros([], ACC)
-        pivot = tl.zeros([BLOCK_C], ACC)
-        total = tl.zeros([BLOCK_C], ACC)
-        m2 = tl.zeros([BLOCK_C], ACC)
+        count, pivot, sums, squares = moments.begin_run(BLOCK_C, BLOCK_N * BLOCK_P, ACC)
         for chunk in range(first, kept_from, BATCH):
             raws = ()
             for k in tl.static_range(BATCH):
-                n0, p0 = tile.chunk_before(chunk + k, kept_from, N, P, BLOCK_N, BLOCK_P)
+                n0, p0 = tile.chunk_before(
+                    chunk + k, kept_from, N, P, BLOCK_N, BLOCK_P, CHANNELS_LAST
+                )
                 valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
                 x_at = x_ptr + (n0 * x_n + p0 * x_p) + x_lane
                 raws = raws + (tl.load(x_at, mask=valid, other=0.0),)
-            if chunk == first:
-                pivot = moments.pivot(raws[0].to(ACC))
             for k in tl.static_range(BATCH):
-                n0, p0 = tile.chunk_before(chunk + k, kept_from, N, P, BLOCK_N, BLOCK_P)
-                valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
+                n0, p0 = tile.chunk_before(
+                    chunk + k, kept_from, N, P, BLOCK_N, BLOCK_P, CHANNELS_LAST
+                )
+                there = tile.valid_columns(lane_n, lane_p, n0, p0, N, P)
                 size = tile.chunk_size(n0, p0, N, P, BLOCK_N, BLOCK_P).to(ACC)
-                tile_total, tile_m2 = moments.tile_moments(
-                    raws[k].to(ACC), pivot, valid, tl.maximum(size, 1.0)
+                if k == 0:
+                    if chunk == first:
+                        pivot = moments.pivot(raws[0].to(ACC), there, size)
+                sums, squares = moments.add_tile(
+                    sums, squares, raws[k].to(ACC), pivot[:, None], there
                 )
-                count, total, m2 = moments.merge_moments(
-                    count, total, m2, size, tile_total, tile_m2
-                )
+                count += size
         xs = ()
-        kept = tl.zeros([], ACC)
-        kept_total = tl.zeros([BLOCK_C], ACC)
-        kept_m2 = tl.zeros([BLOCK_C], ACC)
         for k in tl.static_range(KEPT):
-            n0, p0 = tile.chunk_origin(kept_from + k, P, BLOCK_N, BLOCK_P)
+            n0, p0 = tile.chunk_origin(kept_from + k, P, BLOCK_N, BLOCK_P, CHANNELS_LAST)
             valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
             xs = xs + (tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=valid, other=0.0),)
-            kept += tile.chunk_size(n0, p0, N, P, BLOCK_N, BLOCK_P).to(ACC)
-        if KEPT > 0:
-            if STREAMED == 0:
-                pivot = moments.pivot(xs[0].to(ACC))
         for k in tl.static_range(KEPT):
-            n0, p0 = tile.chunk_origin(kept_from + k, P, BLOCK_N, BLOCK_P)
-            valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
-            kept_total += tl.sum(tl.where(valid, xs[k].to(ACC) - pivot[:, None], 0.0), 1)
-        kept_mean = pivot + kept_total / tl.maximum(kept, 1.0)
-        for k in tl.static_range(KEPT):
-            n0, p0 = tile.chunk_origin(kept_from + k, P, BLOCK_N, BLOCK_P)
-            valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
-            centred = tl.where(valid, xs[k].to(ACC) - kept_mean[:, None], 0.0)
-            kept_m2 += tl.sum(centred * centred, 1)
-        count, total, m2 = moments.merge_moments(count, total, m2, kept, kept_total, kept_m2)
+            n0, p0 = tile.chunk_origin(kept_from + k, P, BLOCK_N, BLOCK_P, CHANNELS_LAST)
+            there = tile.valid_columns(lane_n, lane_p, n0, p0, N, P)
+            size = tile.chunk_size(n0, p0, N, P, BLOCK_N, BLOCK_P).to(ACC)
+            if k == 0:
+                if STREAMED == 0:
+                    pivot = moments.pivot(xs[0].to(ACC), there, size)
+            sums, squares = moments.add_tile(sums, squares, xs[k].to(ACC), pivot[:, None], there)
+            count += size
+        total = tl.sum(sums, 1)
+        m2 = moments.centred(total, tl.sum(squares, 1), count)
         # Two rounds of workspace: a program may be one meeting ahead of another.
         plane = SPLITS * slots * BLOCK_C
         at = partial_ptr + (group % 2) * 4 * plane + slot * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -144,7 +137,7 @@ def forward_kernel(
         if slope_ptr is not None:
             leak = epilogue.load_leak(slope_ptr, c, C, A, ACC)
         for k in tl.static_range(KEPT):
-            n0, p0 = tile.chunk_origin(kept_from + k, P, BLOCK_N, BLOCK_P)
+            n0, p0 = tile.chunk_origin(kept_from + k, P, BLOCK_N, BLOCK_P, CHANNELS_LAST)
             valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
             body.store_output(
                 xs[k].to(ACC), mean, scale, shift, leak, y_ptr, residual_ptr, mask_ptr,
@@ -154,12 +147,16 @@ def forward_kernel(
         for i in range(0, STREAMED, BATCH):
             raws = ()
             for k in tl.static_range(BATCH):
-                n0, p0 = tile.chunk_after(kept_from - 1 - i - k, first, N, P, BLOCK_N, BLOCK_P)
+                n0, p0 = tile.chunk_after(
+                    kept_from - 1 - i - k, first, N, P, BLOCK_N, BLOCK_P, CHANNELS_LAST
+                )
                 valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
                 x_at = x_ptr + (n0 * x_n + p0 * x_p) + x_lane
                 raws = raws + (tl.load(x_at, mask=valid, other=0.0),)
             for k in tl.static_range(BATCH):
-                n0, p0 = tile.chunk_after(kept_from - 1 - i - k, first, N, P, BLOCK_N, BLOCK_P)
+                n0, p0 = tile.chunk_after(
+                    kept_from - 1 - i - k, first, N, P, BLOCK_N, BLOCK_P, CHANNELS_LAST
+                )
                 valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
                 body.store_output(
                     raws[k].to(ACC), mean, scale, shift, leak, y_ptr, residual_ptr, mask_ptr,
@@ -234,14 +231,14 @@ def backward_kernel(
         leak = None
         if slope_ptr is not None:
             leak = epilogue.load_leak(slope_ptr, c, C, A, ACC)
-        sum_g = tl.zeros([BLOCK_C], ACC)
-        sum_gx = tl.zeros([BLOCK_C], ACC)
-        sum_leak = tl.zeros([BLOCK_C], ACC)
+        sums_g = tl.zeros([BLOCK_C, BLOCK_N * BLOCK_P], ACC)
+        sums_gx = tl.zeros([BLOCK_C, BLOCK_N * BLOCK_P], ACC)
+        sums_leak = tl.zeros([BLOCK_C, BLOCK_N * BLOCK_P], ACC)
         for chunk in range(first, kept_from, BATCH):
-            tile_g = tl.zeros([BLOCK_C, BLOCK_N * BLOCK_P], ACC)
-            tile_gx = tl.zeros([BLOCK_C, BLOCK_N * BLOCK_P], ACC)
             for k in tl.static_range(BATCH):
-                n0, p0 = tile.chunk_before(chunk + k, kept_from, N, P, BLOCK_N, BLOCK_P)
+                n0, p0 = tile.chunk_before(
+                    chunk + k, kept_from, N, P, BLOCK_N, BLOCK_P, CHANNELS_LAST
+                )
                 valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
                 x_at = x_ptr + (n0 * x_n + p0 * x_p) + x_lane
                 x = tl.load(x_at, mask=valid, other=0.0).to(ACC)
@@ -250,24 +247,21 @@ def backward_kernel(
                     n0 * s_n + p0 * s_p, lane, valid, c0, n0, p0, N, C, P,
                     GRADIENT, GATE, GATED, A, B, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST,
                 )  # fmt: skip
-                g = tl.where(valid, g, 0.0)
-                tile_g += g
-                tile_gx += g * (x - mean[:, None])
+                sums_g += g
+                sums_gx += g * (x - mean[:, None])
                 if dslope_ptr is not None:
-                    sum_leak += tl.sum(tl.where(valid, of_leak, 0.0), 1)
-            sum_g += tl.sum(tile_g, 1)
-            sum_gx += tl.sum(tile_gx, 1)
+                    sums_leak += of_leak
         xs = ()
         gs = ()
         for k in tl.static_range(KEPT):
-            n0, p0 = tile.chunk_origin(kept_from + k, P, BLOCK_N, BLOCK_P)
+            n0, p0 = tile.chunk_origin(kept_from + k, P, BLOCK_N, BLOCK_P, CHANNELS_LAST)
             valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
             raw = tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=valid, other=0.0)
             x = raw.to(ACC)
             if KEEP_DY:
                 dy = tl.load(dy_ptr + (n0 * s_n + p0 * s_p) + lane, mask=valid, other=0.0)
                 g, of_leak = body.gradient(
-                    x, dy.to(ACC), mean, scale, shift, leak, GRADIENT, GATE, GATED, A, B
+                    x, dy.to(ACC), mean, scale, shift, leak, valid, GRADIENT, GATE, GATED, A, B
                 )
                 gs = gs + (dy,)
             else:
@@ -277,19 +271,18 @@ def backward_kernel(
                     GRADIENT, GATE, GATED, A, B, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST,
                 )  # fmt: skip
                 gs = gs + (g,)
-            g = tl.where(valid, g, 0.0)
-            sum_g += tl.sum(g, 1)
-            sum_gx += tl.sum(g * (x - mean[:, None]), 1)
+            sums_g += g
+            sums_gx += g * (x - mean[:, None])
             if dslope_ptr is not None:
-                sum_leak += tl.sum(tl.where(valid, of_leak, 0.0), 1)
+                sums_leak += of_leak
             xs = xs + (raw,)
         plane = SPLITS * slots * BLOCK_C
         at = partial_ptr + (group % 2) * SUMS * plane + slot * BLOCK_C + tl.arange(0, BLOCK_C)
         row = at + split * slots * BLOCK_C
-        tl.store(row, sum_g)
-        tl.store(row + plane, sum_gx)
+        tl.store(row, tl.sum(sums_g, 1))
+        tl.store(row + plane, tl.sum(sums_gx, 1))
         if dslope_ptr is not None:
-            tl.store(row + 2 * plane, sum_leak)
+            tl.store(row + 2 * plane, tl.sum(sums_leak, 1))
         barrier.meet(semaphore_ptr + slot, split == 0, SPLITS)
         sum_g = tl.sum(barrier.rows(at, slots * BLOCK_C, SPLITS, BLOCK_C), 0)
         sum_gx = tl.sum(barrier.rows(at + plane, slots * BLOCK_C, SPLITS, BLOCK_C), 0)
@@ -306,19 +299,19 @@ def backward_kernel(
         mean_g = sum_g / total
         slope = sum_gx / total * rstd * rstd
         for k in tl.static_range(KEPT):
-            n0, p0 = tile.chunk_origin(kept_from + k, P, BLOCK_N, BLOCK_P)
+            n0, p0 = tile.chunk_origin(kept_from + k, P, BLOCK_N, BLOCK_P, CHANNELS_LAST)
             valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
             x = xs[k].to(ACC)
             g = gs[k].to(ACC)
             if KEEP_DY:
                 g, of_leak = body.gradient(
-                    x, g, mean, scale, shift, leak, GRADIENT, GATE, GATED, A, B
+                    x, g, mean, scale, shift, leak, True, GRADIENT, GATE, GATED, A, B
                 )
             dx = body.input_gradient(g, x, mean, mean_g, slope, scale)
             base = n0 * s_n + p0 * s_p
             tl.store(dx_ptr + base + lane, dx.to(dx_ptr.dtype.element_ty), mask=valid)
         for i in range(STREAMED):
-            n0, p0 = tile.chunk_origin(kept_from - 1 - i, P, BLOCK_N, BLOCK_P)
+            n0, p0 = tile.chunk_origin(kept_from - 1 - i, P, BLOCK_N, BLOCK_P, CHANNELS_LAST)
             valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
             x = tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=valid, other=0.0).to(ACC)
             g, of_leak = body.load_gradient(

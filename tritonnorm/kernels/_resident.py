@@ -64,26 +64,22 @@ def forward_kernel(
     )
     xs = ()
     for chunk in tl.static_range(CHUNKS):
-        n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P)
+        n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P, CHANNELS_LAST)
         valid = tile.valid_lanes(c, end, lane_n, lane_p, n0, p0, N, P)
         xs = xs + (tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=valid, other=0.0),)
     count = tl.cast(N, ACC) * tl.cast(P, ACC) * PLANE
-    pivot = moments.pivot(xs[0].to(ACC))
-    if PLANE > 1:
-        pivot = tile.over_plane(tl.where(to < channels, pivot, 0.0), PLANE, WIDTH)
-    total = tl.zeros([BLOCK_C], ACC)
+    _, pivot, sums, squares = moments.begin_run(BLOCK_C, BLOCK_N * BLOCK_P, ACC)
     for chunk in tl.static_range(CHUNKS):
-        n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P)
-        valid = tile.valid_lanes(c, end, lane_n, lane_p, n0, p0, N, P)
-        total += tl.sum(tl.where(valid, xs[chunk].to(ACC) - pivot[:, None], 0.0), 1)
-    mean = pivot + tile.over_plane(total, PLANE, WIDTH) / count
-    m2 = tl.zeros([BLOCK_C], ACC)
-    for chunk in tl.static_range(CHUNKS):
-        n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P)
-        valid = tile.valid_lanes(c, end, lane_n, lane_p, n0, p0, N, P)
-        centred = tl.where(valid, xs[chunk].to(ACC) - mean[:, None], 0.0)
-        m2 += tl.sum(centred * centred, 1)
-    m2 = tile.over_plane(m2, PLANE, WIDTH)
+        n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P, CHANNELS_LAST)
+        there = tile.valid_columns(lane_n, lane_p, n0, p0, N, P)
+        if chunk == 0:
+            size = tile.chunk_size(n0, p0, N, P, BLOCK_N, BLOCK_P).to(ACC) * PLANE
+            pivot = tl.where(c < end, moments.mean_of(xs[0].to(ACC), there, size), 0.0)
+            pivot = moments.finite(tile.over_plane(pivot, PLANE, WIDTH))
+        sums, squares = moments.add_tile(sums, squares, xs[chunk].to(ACC), pivot[:, None], there)
+    total = tile.over_plane(tl.sum(sums, 1), PLANE, WIDTH)
+    m2 = moments.centred(total, tile.over_plane(tl.sum(squares, 1), PLANE, WIDTH), count)
+    mean = pivot + total / count
     rstd = 1.0 / tl.sqrt(m2 / count + tl.full([], eps, ACC))
     moments.store_statistics(
         to, mean, m2, rstd, count, channels, mean_ptr, rstd_ptr,
@@ -94,7 +90,7 @@ def forward_kernel(
     if slope_ptr is not None:
         leak = epilogue.load_leak(slope_ptr, at, channels, A, ACC)
     for chunk in tl.static_range(CHUNKS):
-        n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P)
+        n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P, CHANNELS_LAST)
         valid = tile.valid_lanes(c, end, lane_n, lane_p, n0, p0, N, P)
         base = n0 * s_n + p0 * s_p
         body.store_output(
@@ -163,11 +159,11 @@ def backward_kernel(
         leak = epilogue.load_leak(slope_ptr, at, channels, A, ACC)
     xs = ()
     gs = ()
-    sum_g = tl.zeros([BLOCK_C], ACC)
-    sum_gx = tl.zeros([BLOCK_C], ACC)
-    sum_leak = tl.zeros([BLOCK_C], ACC)
+    sums_g = tl.zeros([BLOCK_C, BLOCK_N * BLOCK_P], ACC)
+    sums_gx = tl.zeros([BLOCK_C, BLOCK_N * BLOCK_P], ACC)
+    sums_leak = tl.zeros([BLOCK_C, BLOCK_N * BLOCK_P], ACC)
     for chunk in tl.static_range(CHUNKS):
-        n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P)
+        n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P, CHANNELS_LAST)
         valid = tile.valid_lanes(c, end, lane_n, lane_p, n0, p0, N, P)
         base = n0 * s_n + p0 * s_p
         raw = tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=valid, other=0.0)
@@ -175,7 +171,7 @@ def backward_kernel(
         if KEEP_DY:
             dy = tl.load(dy_ptr + base + lane, mask=valid, other=0.0)
             g, of_leak = body.gradient(
-                x, dy.to(ACC), mean, scale, shift, leak, GRADIENT, GATE, GATED, A, B
+                x, dy.to(ACC), mean, scale, shift, leak, valid, GRADIENT, GATE, GATED, A, B
             )
             gs = gs + (dy,)
         else:
@@ -185,35 +181,34 @@ def backward_kernel(
                 GRADIENT, GATE, GATED, A, B, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST,
             )  # fmt: skip
             gs = gs + (g,)
-        g = tl.where(valid, g, 0.0)
-        sum_g += tl.sum(g, 1)
-        sum_gx += tl.sum(g * (x - mean[:, None]), 1)
+        sums_g += g
+        sums_gx += g * (x - mean[:, None])
         if dslope_ptr is not None:
-            sum_leak += tl.sum(tl.where(valid, of_leak, 0.0), 1)
+            sums_leak += of_leak
         xs = xs + (raw,)
-    sum_g = tile.over_plane(sum_g, PLANE, WIDTH)
-    sum_gx = tile.over_plane(sum_gx, PLANE, WIDTH)
+    sum_g = tile.over_plane(tl.sum(sums_g, 1), PLANE, WIDTH)
+    sum_gx = tile.over_plane(tl.sum(sums_gx, 1), PLANE, WIDTH)
     if dbias_ptr is not None:
         tl.store(dbias_ptr + to, sum_g.to(dbias_ptr.dtype.element_ty), mask=to < channels)
     if dweight_ptr is not None:
         dweight = (sum_gx * rstd).to(dweight_ptr.dtype.element_ty)
         tl.store(dweight_ptr + to, dweight, mask=to < channels)
     if dslope_ptr is not None:
-        sum_leak = tile.over_plane(sum_leak, PLANE, WIDTH)
+        sum_leak = tile.over_plane(tl.sum(sums_leak, 1), PLANE, WIDTH)
         tl.store(dslope_ptr + to, sum_leak.to(dslope_ptr.dtype.element_ty), mask=to < channels)
     if dx_ptr is not None:
         count = tl.cast(N, ACC) * tl.cast(P, ACC) * PLANE
         mean_g = sum_g / count
         slope = sum_gx / count * rstd * rstd
         for chunk in tl.static_range(CHUNKS):
-            n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P)
+            n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P, CHANNELS_LAST)
             valid = tile.valid_lanes(c, end, lane_n, lane_p, n0, p0, N, P)
             base = n0 * s_n + p0 * s_p
             x = xs[chunk].to(ACC)
             g = gs[chunk].to(ACC)
             if KEEP_DY:
                 g, of_leak = body.gradient(
-                    x, g, mean, scale, shift, leak, GRADIENT, GATE, GATED, A, B
+                    x, g, mean, scale, shift, leak, True, GRADIENT, GATE, GATED, A, B
                 )
             dx = body.input_gradient(g, x, mean, mean_g, slope, scale)
             tl.store(dx_ptr + base + lane, dx.to(dx_ptr.dtype.element_ty), mask=valid)

@@ -45,23 +45,32 @@ def over_plane(v, PLANE: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def chunk_origin(chunk, P, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr):
+def chunk_origin(
+    chunk, P, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, CHANNELS_LAST: tl.constexpr
+):
     """First sample and first position of a chunk."""
-    per_sample = tl.cdiv(P, BLOCK_P)
-    return (chunk // per_sample) * BLOCK_N, (chunk % per_sample) * BLOCK_P
+    if CHANNELS_LAST:  # one sample: no division
+        return chunk * 0, chunk * BLOCK_P
+    else:
+        per_sample = tl.cdiv(P, BLOCK_P)
+        return (chunk // per_sample) * BLOCK_N, (chunk % per_sample) * BLOCK_P
 
 
 @triton.jit
-def chunk_before(chunk, end, N, P, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr):
+def chunk_before(
+    chunk, end, N, P, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, CHANNELS_LAST: tl.constexpr
+):
     """The origin of a chunk, or one without any element from `end` on."""
-    n0, p0 = chunk_origin(chunk, P, BLOCK_N, BLOCK_P)
+    n0, p0 = chunk_origin(chunk, P, BLOCK_N, BLOCK_P, CHANNELS_LAST)
     return tl.where(chunk < end, n0, N), p0
 
 
 @triton.jit
-def chunk_after(chunk, first, N, P, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr):
+def chunk_after(
+    chunk, first, N, P, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, CHANNELS_LAST: tl.constexpr
+):
     """The origin of a chunk, or one without any element before `first`."""
-    n0, p0 = chunk_origin(tl.maximum(chunk, 0), P, BLOCK_N, BLOCK_P)
+    n0, p0 = chunk_origin(tl.maximum(chunk, 0), P, BLOCK_N, BLOCK_P, CHANNELS_LAST)
     return tl.where(chunk >= first, n0, N), p0
 
 
@@ -82,7 +91,13 @@ def lanes(BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr):
 @triton.jit
 def valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P):
     """Which elements of a chunk exist, [BLOCK_C, BLOCK_N * BLOCK_P]."""
-    return (c < C)[:, None] & ((lane_n < N - n0) & (lane_p < P - p0))[None, :]
+    return (c < C)[:, None] & valid_columns(lane_n, lane_p, n0, p0, N, P)
+
+
+@triton.jit
+def valid_columns(lane_n, lane_p, n0, p0, N, P):
+    """Which columns of a chunk exist, [1, BLOCK_N * BLOCK_P]."""
+    return ((lane_n < N - n0) & (lane_p < P - p0))[None, :]
 
 
 @triton.jit

@@ -205,6 +205,7 @@ class GroupResident:
             (blocks * parts,),
             (*group_sizes(problem), blocks, steps, per_part),
             config.num_warps,
+            keeps=True,
             **epilogue.backward(),
             **self._meta(problem, config),
         )

@@ -79,7 +79,9 @@ class GroupSplit:
     ) -> Callable[[GroupForward], None]:
         blocks, splits, sizes = _over_sums(problem, config)
         meta = _meta(problem, config)
-        moments = Launch(moments_kernel, (blocks, splits), sizes, config.num_warps, **meta)
+        moments = Launch(
+            moments_kernel, (blocks, splits), sizes, config.num_warps, keeps=True, **meta
+        )
         combine = _combine(combine_moments_kernel, problem, splits)
         grid, apply_sizes = _over_chunks(problem, config)
         act = {k: v for k, v in epilogue.forward().items() if k != "GATE"}

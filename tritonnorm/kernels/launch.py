@@ -48,10 +48,12 @@ class Launch:
         num_warps: of a program.
         cooperative: the programs wait for each other: all are resident at once, or the launch
             fails.
+        keeps: a program keeps data, or the sums of a tile, in registers, and may have all that a
+            thread can have.
         meta: compile-time arguments by name.
     """
 
-    __slots__ = ("_grid", "_kernel", "_options", "_sizes", "_tail", "origin")
+    __slots__ = ("_grid", "_keeps", "_kernel", "_options", "_sizes", "_tail", "origin")
     sink: ClassVar[Callable[[Launch, tuple[Any, ...]], None] | None] = (
         None  # takes launches that are not to be made
     )
@@ -63,10 +65,13 @@ class Launch:
         sizes: Sequence[int | None],
         num_warps: int,
         cooperative: bool = False,
+        keeps: bool = False,
         **meta: Any,
     ) -> None:
         self.origin = _origin.get()
         self._kernel = kernel
+        # With more warps a thread cannot have as many: they share a multiprocessor's registers.
+        self._keeps = (keeps or cooperative) and num_warps <= 8
         self._grid = (*grid, 1, 1)[:3]
         self._sizes = tuple(sizes)
         self._options = {**meta, "num_warps": num_warps, "enable_fp_fusion": True}
@@ -111,40 +116,43 @@ class Launch:
             self._by_triton(tensors)
             return
         known, key = _compiled[device], tuple(kinds)
-        compiled = known.get(key)
-        if compiled is None:
-            known[key] = self._by_triton(tensors)
+        run = known.get(key)
+        if run is None:
+            known[key] = self._by_triton(tensors)[self._grid]
         else:
-            compiled[self._grid](*tensors, *self._tail)
+            run(*tensors, *self._tail)
 
-    def compile(self, device: int, tensors: tuple[Any, ...]) -> Any:
-        """Compile for tensors of these dtypes, aligned, without a launch; None if that is done."""
+    def compile(self, device: int, tensors: tuple[Any, ...]) -> bool:
+        """Compile for tensors of these dtypes, aligned, and load it onto a device, the current one,
+        without a launch; False if that is done already."""
         key = (self, *(None if t is None or t.__class__ is float else t.dtype for t in tensors))
         if key in _compiled[device] or not isinstance(self._kernel, JITFunction):
-            return None
+            return False
         made = self._kernel.warmup(*tensors, *self._sizes, grid=self._grid, **self._all_options())
-        _compiled[device][key] = made
-        return made
+        _compiled[device][key] = made[self._grid]
+        return True
 
-    @property
-    def parts(self) -> tuple[Any, tuple[int | None, ...], dict[str, Any]]:
-        """The kernel, its sizes, and its compile-time arguments and options."""
-        return self._kernel, self._sizes, self._options
+    def parts(self, backend: str) -> tuple[Any, tuple[int | None, ...], dict[str, Any]]:
+        """The kernel, its sizes, and its compile-time arguments and options for a backend.
+
+        Programs that keep data ask for all registers, where one can ask.
+        """
+        options = self._options
+        if self._keeps and backend == "cuda":
+            options = {**options, "maxnreg": MOST_REGISTERS}
+        return self._kernel, self._sizes, options
 
     def _by_triton(self, tensors: tuple[Any, ...]) -> Any:
         return self._kernel[self._grid](*tensors, *self._sizes, **self._all_options())
 
     def _all_options(self) -> dict[str, Any]:
-        """The options, and what programs that wait for each other need on the target."""
-        options = self._options
-        if "launch_cooperative_grid" in options and isinstance(self._kernel, JITFunction):
-            if driver.active.get_current_target().backend == "cuda":
-                return {**options, "maxnreg": MOST_REGISTERS}
-        return options
+        if not isinstance(self._kernel, JITFunction):  # the interpreter has no target
+            return self._options
+        return self.parts(driver.active.get_current_target().backend)[2]
 
 
-# Of a thread, where programs must fit together. Asked for by name, as ptxas would rather spill a
-# few registers to fit a third program on a multiprocessor (BN+gelu, fp16 NCHW, sm_80 and sm_100).
+# Of a thread. Asked for by name, as ptxas would rather spill a few registers to fit one more
+# program on a multiprocessor (BN+gelu, fp16 NCHW, sm_80 and sm_100).
 MOST_REGISTERS = 255
 
 
@@ -159,7 +167,7 @@ def _refuse_one_after_another() -> None:
         )
 
 
-# Device -> launch and dtypes -> compiled kernel.
+# Device -> launch and dtypes -> the compiled kernel on its grid.
 _compiled: defaultdict[int, dict[tuple[Any, ...], Any]] = defaultdict(dict)
 
 

@@ -60,23 +60,28 @@ def masked_moments_kernel(
         c, C, P, None, None, None, BLOCK_N, BLOCK_P, CHANNELS_LAST
     )
     count = tl.zeros([], ACC)
-    mean = tl.zeros([BLOCK_C], ACC)
+    base = tl.zeros([BLOCK_C], ACC)
+    total = tl.zeros([BLOCK_C], ACC)
     m2 = tl.zeros([BLOCK_C], ACC)
     first = tl.program_id(1) * PER_SPLIT
     last = tl.minimum(first + PER_SPLIT, CHUNKS)
-    for chunk in range(first, last):
-        n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P)
-        kept, some = kept_positions(keep_ptr, lane_n, lane_p, n0, p0, N, P)
-        if some > 0:
-            valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
-            reads = readable(c, C, kept, some, valid, CHANNELS_LAST)
-            x = tl.load(x_ptr + (n0 * s_n + p0 * s_p) + lane, mask=reads, other=0.0).to(ACC)
-            x = tl.where(kept[None, :], x, 0.0)
-            size = some.to(ACC)
-            zero = tl.zeros([BLOCK_C], ACC)
-            tile_total, tile_m2 = moments.tile_moments(x, zero, kept[None, :], size)
-            tile_mean = tile_total / size
-            count, mean, m2 = moments.merge_means(count, mean, m2, size, tile_mean, tile_m2)
+    for run in range(first, last, moments.RUN):
+        size, pivot, sums, squares = moments.begin_run(BLOCK_C, BLOCK_N * BLOCK_P, ACC)
+        for chunk in range(run, tl.minimum(run + moments.RUN, last)):
+            n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P, CHANNELS_LAST)
+            kept, some = kept_positions(keep_ptr, lane_n, lane_p, n0, p0, N, P)
+            if some > 0:
+                valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
+                reads = readable(c, C, kept, some, valid, CHANNELS_LAST)
+                x = tl.load(x_ptr + (n0 * s_n + p0 * s_p) + lane, mask=reads, other=0.0).to(ACC)
+                if size == 0.0:
+                    pivot = moments.pivot(x, kept[None, :], some.to(ACC))
+                sums, squares = moments.add_tile(sums, squares, x, pivot[:, None], kept[None, :])
+                size += some.to(ACC)
+        count, base, total, m2 = moments.merge_run(
+            count, base, total, m2, size, pivot, tl.sum(sums, 1), tl.sum(squares, 1)
+        )
+    mean = base + total / tl.maximum(count, 1.0)
     plane = tl.num_programs(1).to(tl.int64) * C
     row = partial_ptr + tl.program_id(1).to(tl.int64) * C + c
     tl.store(row, tl.zeros([BLOCK_C], ACC) + count, mask=c < C)
@@ -183,7 +188,7 @@ def masked_apply_kernel(
     last = tl.minimum(first + PER_SPLIT, CHUNKS)
     for i in range(first, last):
         # In reverse: what the moments read last is still in the L2 cache.
-        n0, p0 = tile.chunk_origin(first + last - 1 - i, P, BLOCK_N, BLOCK_P)
+        n0, p0 = tile.chunk_origin(first + last - 1 - i, P, BLOCK_N, BLOCK_P, CHANNELS_LAST)
         kept, some = kept_positions(keep_ptr, lane_n, lane_p, n0, p0, N, P)
         valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
         base = n0 * s_n + p0 * s_p
@@ -238,15 +243,15 @@ def masked_gradient_kernel(
         total = tl.maximum(tl.load(count_ptr), 1.0)
         mean_g = tl.load(sums_ptr + c, mask=c < C, other=0.0) / total
         slope = tl.load(sums_ptr + C + c, mask=c < C, other=0.0) / total * rstd * rstd
-    sum_g = tl.zeros([BLOCK_C], ACC)
-    sum_gx = tl.zeros([BLOCK_C], ACC)
+    sums_g = tl.zeros([BLOCK_C, BLOCK_N * BLOCK_P], ACC)
+    sums_gx = tl.zeros([BLOCK_C, BLOCK_N * BLOCK_P], ACC)
     first = tl.program_id(1) * PER_SPLIT
     last = tl.minimum(first + PER_SPLIT, CHUNKS)
     for i in range(first, last):
         chunk = i
         if sums_ptr is not None:
             chunk = first + last - 1 - i
-        n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P)
+        n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P, CHANNELS_LAST)
         kept, some = kept_positions(keep_ptr, lane_n, lane_p, n0, p0, N, P)
         valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
         base = n0 * s_n + p0 * s_p
@@ -256,12 +261,12 @@ def masked_gradient_kernel(
             x = tl.load(x_ptr + base + lane, mask=reads, other=0.0).to(ACC)
         if GRADIENT is not None or GATE is not None:
             v = epilogue.pre_activation(x, None, mean, scale, shift)
-            g = epilogue.activation_gradient(v, g, GRADIENT, GATE, GATED, A, B)
+            g = epilogue.activation_gradient(v, g, True, GRADIENT, GATE, GATED, A, B)
         g = tl.where(kept[None, :], g, 0.0)
         if partial_ptr is not None:
             centred = tl.where(kept[None, :], x - mean[:, None], 0.0)
-            sum_g += tl.sum(g, 1)
-            sum_gx += tl.sum(g * centred, 1)
+            sums_g += g
+            sums_gx += g * centred
         if dx_ptr is not None:
             if sums_ptr is not None:
                 dx = body.input_gradient(g, x, mean, mean_g, slope, scale)
@@ -271,5 +276,5 @@ def masked_gradient_kernel(
             tl.store(dx_ptr + base + lane, dx.to(dx_ptr.dtype.element_ty), mask=valid)
     if partial_ptr is not None:
         row = partial_ptr + tl.program_id(1).to(tl.int64) * C + c
-        tl.store(row, sum_g, mask=c < C)
-        tl.store(row + tl.num_programs(1).to(tl.int64) * C, sum_gx, mask=c < C)
+        tl.store(row, tl.sum(sums_g, 1), mask=c < C)
+        tl.store(row + tl.num_programs(1).to(tl.int64) * C, tl.sum(sums_gx, 1), mask=c < C)

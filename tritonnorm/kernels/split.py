@@ -65,24 +65,30 @@ def moments_kernel(
         c, C, P, xs_n, xs_c, xs_p, BLOCK_N, BLOCK_P, CHANNELS_LAST
     )
     count = tl.zeros([], ACC)
-    pivot = tl.zeros([BLOCK_C], ACC)
+    base = tl.zeros([BLOCK_C], ACC)
     total = tl.zeros([BLOCK_C], ACC)
     m2 = tl.zeros([BLOCK_C], ACC)
     first = tl.program_id(1) * PER_SPLIT
     last = tl.minimum(first + PER_SPLIT, CHUNKS)
-    for chunk in range(first, last):
-        n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P)
-        valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
-        x = tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=valid, other=0.0).to(ACC)
-        if chunk == first:
-            pivot = moments.pivot(x)
-        size = tile.chunk_size(n0, p0, N, P, BLOCK_N, BLOCK_P).to(ACC)
-        tile_total, tile_m2 = moments.tile_moments(x, pivot, valid, size)
-        count, total, m2 = moments.merge_moments(count, total, m2, size, tile_total, tile_m2)
+    for run in range(first, last, moments.RUN):
+        size, pivot, sums, squares = moments.begin_run(BLOCK_C, BLOCK_N * BLOCK_P, ACC)
+        for chunk in range(run, tl.minimum(run + moments.RUN, last)):
+            n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P, CHANNELS_LAST)
+            valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
+            x = tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=valid, other=0.0).to(ACC)
+            values = tile.chunk_size(n0, p0, N, P, BLOCK_N, BLOCK_P).to(ACC)
+            there = tile.valid_columns(lane_n, lane_p, n0, p0, N, P)
+            if chunk == run:
+                pivot = moments.pivot(x, there, values)
+            sums, squares = moments.add_tile(sums, squares, x, pivot[:, None], there)
+            size += values
+        count, base, total, m2 = moments.merge_run(
+            count, base, total, m2, size, pivot, tl.sum(sums, 1), tl.sum(squares, 1)
+        )
     plane = tl.num_programs(1).to(tl.int64) * C
     row = partial_ptr + tl.program_id(1).to(tl.int64) * C + c
     tl.store(row, tl.zeros([BLOCK_C], ACC) + count, mask=c < C)
-    tl.store(row + plane, pivot, mask=c < C)
+    tl.store(row + plane, base, mask=c < C)
     tl.store(row + 2 * plane, total, mask=c < C)
     tl.store(row + 3 * plane, m2, mask=c < C)
 

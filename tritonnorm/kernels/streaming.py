@@ -91,7 +91,7 @@ def apply_kernel(
     for i in range(first, last):
         # In reverse: what a first pass read last is still in the L2 cache.
         chunk = first + last - 1 - i
-        n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P)
+        n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P, CHANNELS_LAST)
         valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
         base = n0 * s_n + p0 * s_p
         x = tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=valid, other=0.0).to(ACC)
@@ -162,16 +162,16 @@ def gradient_kernel(
             total = tl.load(count_ptr + c, mask=c < C, other=1.0)
         mean_g = tl.load(sums_ptr + c, mask=c < C, other=0.0) / total
         slope = tl.load(sums_ptr + C + c, mask=c < C, other=0.0) / total * rstd * rstd
-    sum_g = tl.zeros([BLOCK_C], ACC)
-    sum_gx = tl.zeros([BLOCK_C], ACC)
-    sum_leak = tl.zeros([BLOCK_C], ACC)
+    sums_g = tl.zeros([BLOCK_C, BLOCK_N * BLOCK_P], ACC)
+    sums_gx = tl.zeros([BLOCK_C, BLOCK_N * BLOCK_P], ACC)
+    sums_leak = tl.zeros([BLOCK_C, BLOCK_N * BLOCK_P], ACC)
     first = tl.program_id(1) * PER_SPLIT
     last = tl.minimum(first + PER_SPLIT, CHUNKS)
     for i in range(first, last):
         chunk = i
         if sums_ptr is not None:
             chunk = first + last - 1 - i
-        n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P)
+        n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P, CHANNELS_LAST)
         valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
         base = n0 * s_n + p0 * s_p
         x = None
@@ -189,18 +189,17 @@ def gradient_kernel(
                 dx = g * scale[:, None]
             tl.store(dx_ptr + base + lane, dx.to(dx_ptr.dtype.element_ty), mask=valid)
         if partial_ptr is not None:
-            g = tl.where(valid, g, 0.0)
-            sum_g += tl.sum(g, 1)
-            sum_gx += tl.sum(g * (x - mean[:, None]), 1)
+            sums_g += g
+            sums_gx += g * (x - mean[:, None])
             if leak is not None:
-                sum_leak += tl.sum(tl.where(valid, of_leak, 0.0), 1)
+                sums_leak += of_leak
     if partial_ptr is not None:
         row = partial_ptr + tl.program_id(1).to(tl.int64) * C + c
-        tl.store(row, sum_g, mask=c < C)
+        tl.store(row, tl.sum(sums_g, 1), mask=c < C)
         plane = tl.num_programs(1).to(tl.int64) * C
-        tl.store(row + plane, sum_gx, mask=c < C)
+        tl.store(row + plane, tl.sum(sums_gx, 1), mask=c < C)
         if leak is not None:
-            tl.store(row + 2 * plane, sum_leak, mask=c < C)
+            tl.store(row + 2 * plane, tl.sum(sums_leak, 1), mask=c < C)
 
 
 @triton.jit(do_not_specialize=["SPLITS"])

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tritonnorm.tune.loops import access_bits, loops
+
 __all__ = ["Access", "amd_resources", "nvidia_resources"]
 
 
@@ -60,7 +62,7 @@ def nvidia_resources(asm: Mapping[str, Any], disassemble: bool = True) -> dict[s
             if name in ("LDL", "STL"):
                 spills += 1
             else:
-                (stores if name == "STG" else loads)[_sass_bits(modifiers)] += 1
+                (stores if name == "STG" else loads)[access_bits(modifiers)] += 1
     return {
         "registers": int(found[1]),
         "stack": stack,
@@ -68,6 +70,7 @@ def nvidia_resources(asm: Mapping[str, Any], disassemble: bool = True) -> dict[s
         "loads": dict(sorted(loads.items())),
         "stores": dict(sorted(stores.items())),
         "accesses": accesses,
+        "loops": () if sass is None else loops(sass),
     }
 
 
@@ -105,15 +108,6 @@ def amd_resources(asm: Mapping[str, Any]) -> dict[str, Any]:
         "stores": dict(sorted(stores.items())),
         "accesses": _by_line(text, _amd_access),
     }
-
-
-def _sass_bits(modifiers: str) -> int:
-    for part in modifiers.split("."):
-        if part in ("64", "128", "256"):
-            return int(part)
-        if part in ("U8", "S8", "U16", "S16"):
-            return int(part[1:])
-    return 32
 
 
 def _ptx_access(line: str) -> tuple[str, int] | None:

@@ -23,7 +23,7 @@ from tritonnorm.problem import FoldProblem
 from tritonnorm.tune.key import Shape
 from tritonnorm.tune.pool import KernelSpec, compile_each
 from tritonnorm.tune.search import Candidate
-from tritonnorm.tune.static import KernelReport
+from tritonnorm.tune.static import KernelReport, target_of
 from tritonnorm.tune.trials import trial_of
 
 __all__ = ["TENSORS", "WIDE", "Pruned", "access_width", "faults", "prune", "specs", "widths"]
@@ -109,7 +109,7 @@ def _rehearse_fold(problem: FoldProblem, config: Config) -> None:
 
 def _spec(launch: Launch, tensors: Sequence[Any], target: str) -> KernelSpec:
     """What Triton would specialise a launch to: aligned pointers, multiples of 16, ones."""
-    kernel, sizes, options = launch.parts
+    kernel, sizes, options = launch.parts(target_of(target).backend)
     names = list(kernel.arg_names)
     plain = getattr(kernel, "do_not_specialize", None) or getattr(kernel, "kwargs", {}).get(
         "do_not_specialize"

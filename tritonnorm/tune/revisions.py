@@ -9,12 +9,12 @@ from __future__ import annotations
 __all__ = ["REVISIONS"]
 
 REVISIONS: dict[str, int] = {
-    "resident": 1,
-    "persistent": 1,
-    "split": 1,
+    "resident": 2,
+    "persistent": 2,
+    "split": 2,
     "affine": 1,
-    "masked": 1,
-    "group_resident": 1,
-    "group_split": 1,
+    "masked": 2,
+    "group_resident": 2,
+    "group_split": 2,
     "fold": 1,
 }

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tritonnorm.tune.loops import Loop
 from tritonnorm.tune.machine_code import Access, amd_resources, nvidia_resources
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ __all__ = [
     "inspect_kernel",
     "is_jit",
     "resolve",
+    "target_of",
 ]
 
 WIDE = 128  # bits: the widest access that every supported GPU has
@@ -50,6 +52,7 @@ class KernelReport:
         loads: bits per global load -> how many such instructions.
         stores: bits per global store -> how many such instructions.
         accesses: the same by source line, as the compiler's text output has them.
+        loops: what moves the data, where an NVIDIA kernel was disassembled.
     """
 
     kernel: str
@@ -61,6 +64,7 @@ class KernelReport:
     loads: Mapping[int, int]
     stores: Mapping[int, int]
     accesses: tuple[Access, ...] = ()
+    loops: tuple[Loop, ...] = ()
 
     @property
     def widest(self) -> int:
@@ -108,7 +112,7 @@ def inspect_kernel(
     import triton
 
     kernel = resolve(kernel)
-    chosen = _target(target)
+    chosen = target_of(target)
     source = _source(kernel, signature, constexprs or {}, divisible)
     settings = {"enable_fp_fusion": True, **(options or {})}
     try:
@@ -126,7 +130,8 @@ def inspect_compiled(compiled: Any, disassemble: bool = True) -> KernelReport:
 
     Args:
         compiled: the kernel.
-        disassemble: NVIDIA only. False is faster: loads and stores are then those of the PTX.
+        disassemble: NVIDIA only. False is faster: loads and stores are then those of the PTX, and
+            there are no loops.
     """
     target, asm = compiled.metadata.target, compiled.asm
     cuda = target.backend == "cuda"
@@ -171,7 +176,8 @@ def _require_compiler() -> None:
         )
 
 
-def _target(target: Any) -> GPUTarget:
+def target_of(target: Any) -> GPUTarget:
+    """A target, given itself or by name; `ValueError` for a name that is none."""
     from triton.backends.compiler import GPUTarget
 
     if not isinstance(target, str):
