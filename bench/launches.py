@@ -61,31 +61,51 @@ def observe() -> Iterator[Launches]:
     found = Launches()
     with contextlib.ExitStack() as stack:
         if importlib.util.find_spec("triton") is not None:
-            from triton.compiler import CompiledKernel
-            from triton.runtime.interpreter import InterpretedFunction
-            from triton.runtime.jit import JITFunction
-
-            # The first launch of a kernel goes through its `run`, the later ones through what that
-            # returned.
-            stack.enter_context(_counted(InterpretedFunction, "run", found.interpreted))
-            stack.enter_context(_counted(JITFunction, "run", found.compiled))
-            stack.enter_context(_counted(CompiledKernel, "__getitem__", found.compiled))
+            stack.enter_context(_interpreted(found.interpreted))
+            stack.enter_context(_compiled(found.compiled))
         stack.enter_context(_BatchNormOperators(found.torch))
         yield found
 
 
 @contextlib.contextmanager
-def _counted(kind: Any, method: str, seen: Counter[str]) -> Iterator[None]:
-    """Count the calls of a method of a kernel by the kernel's name."""
-    original = getattr(kind, method)
+def _interpreted(seen: Counter[str]) -> Iterator[None]:
+    """Count the launches of Triton's interpreter by the kernel's name."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    original = InterpretedFunction.run
 
     def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        function = self.fn if hasattr(self, "fn") else self.src.fn.fn
-        seen[function.__name__] += 1
+        seen[self.fn.__name__] += 1
         return original(self, *args, **kwargs)
 
-    setattr(kind, method, counted)
+    InterpretedFunction.run = counted
     try:
         yield
     finally:
-        setattr(kind, method, original)
+        InterpretedFunction.run = original
+
+
+@contextlib.contextmanager
+def _compiled(seen: Counter[str]) -> Iterator[None]:
+    """Count the launches of compiled kernels by the kernel's name, where the launcher makes them.
+
+    Triton calls the hook at every launch, also of a compiled kernel that is kept and called without
+    a look-up.
+    """
+    from triton import knobs
+
+    def entered(metadata: Any) -> None:
+        seen[metadata.get()["name"]] += 1
+
+    before = knobs.runtime.launch_enter_hook
+    if hasattr(before, "add"):
+        before.add(entered)
+    else:  # Triton 3.4 has one hook, not a chain of them
+        knobs.runtime.launch_enter_hook = entered
+    try:
+        yield
+    finally:
+        if hasattr(before, "remove"):
+            before.remove(entered)
+        else:
+            knobs.runtime.launch_enter_hook = before

@@ -66,7 +66,7 @@ MODELS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
 
 
 def rehearsed(calls: list[OperatorCall]) -> list[str]:
-    return [launch.parts[0].fn.__name__ for call in calls for launch, _ in call.rehearse()]
+    return [launch.parts("cuda")[0].fn.__name__ for call in calls for launch, _ in call.rehearse()]
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

@@ -36,24 +36,26 @@ class Accepted(dict[Any, tuple[str, tuple[float, ...]]]):
 
 
 def call_key(
-    tensors: tuple[Tensor | None, ...],
+    tensors: tuple[Any, ...],
     activation: str | None,
     activation_args: Sequence[float],
     options: tuple[Any, ...],
 ) -> tuple[Any, ...] | None:
     """What the checks look at, so that calls that are alike are checked once; None for a call with
-    arguments that only a check may touch."""
+    arguments that only a check may touch. The first tensor is the input."""
     if activation is not None and activation.__class__ is not str:
         return None
-    if activation_args.__class__ is not tuple or any(
-        a.__class__ is not float for a in activation_args
+    if activation_args.__class__ is not tuple or (
+        activation_args and any(a.__class__ is not float for a in activation_args)
     ):
         return None
-    kinds = [
-        None if t is None else (t.shape, t.dtype, t.device, t.layout, t.is_contiguous())
-        for t in tensors
-    ]
-    return (*kinds, activation, activation_args, *options)
+    key: list[Any] = [tensors[0].layout, activation, activation_args, *options]
+    for t in tensors:  # one tuple of all: a tuple of tuples costs more to hash and to compare
+        if t is None:
+            key.append(None)
+        else:
+            key += (t.shape, t.dtype, t.device, t.is_contiguous())
+    return tuple(key)
 
 
 def check_device(name: str, tensor: Tensor, input: Tensor) -> None:

@@ -93,21 +93,21 @@ def _forward(
     )
     mean, rstd, mask = _saved(x, running_mean, found.problem, save_statistics)
     found.run(
-        ForwardArguments(
-            x=torch.empty_like(x).copy_(x) if found.copies else x,
-            y=y,
-            mean=mean,
-            rstd=rstd,
-            residual=None if residual is None else dense_like(residual, found.dense),
-            mask=mask,
-            weight=vector_of(weight),
-            bias=vector_of(bias),
-            running_mean=running_mean,
-            running_var=running_var,
-            counter=counter,
-            momentum=momentum,
-            eps=eps,
-            slope=vector_of(slope),
+        ForwardArguments(  # by name they cost the host a microsecond more
+            torch.empty_like(x).copy_(x) if found.copies else x,
+            y,
+            mean,
+            rstd,
+            None if residual is None else dense_like(residual, found.dense),
+            mask,
+            vector_of(weight),
+            vector_of(bias),
+            running_mean,
+            running_var,
+            counter,
+            momentum,
+            eps,
+            vector_of(slope),
         )
     )
     return y, mean, rstd, mask
@@ -196,26 +196,22 @@ def _backward(
         *(residual is not None or mask is not None, mask is not None, tuple(needs)),
     )
     outputs = _gradients(input, weight, bias, needs)
-    dx, dresidual, dweight, dbias = outputs
     dslope = None
     if slope is not None and needs[4]:
         dslope = torch.empty_like(mean)
     found.run(
         BackwardArguments(
-            dy=dense_like(grad, found.dense),
-            x=torch.empty_like(input).copy_(input) if found.copies else input,
-            mean=mean,
-            rstd=rstd,
-            residual=None if residual is None else dense_like(residual, found.dense),
-            mask=mask,
-            weight=vector_of(weight),
-            bias=vector_of(bias),
-            dx=dx,
-            dresidual=dresidual,
-            dweight=dweight,
-            dbias=dbias,
-            slope=vector_of(slope),
-            dslope=dslope,
+            dense_like(grad, found.dense),
+            torch.empty_like(input).copy_(input) if found.copies else input,
+            mean,
+            rstd,
+            None if residual is None else dense_like(residual, found.dense),
+            mask,
+            vector_of(weight),
+            vector_of(bias),
+            *outputs,
+            vector_of(slope),
+            dslope,
         )
     )
     if slope is not None and dslope is not None:
@@ -291,7 +287,7 @@ def unwatched(*tensors: Tensor | None) -> bool:
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._autograd._profiler_enabled():
         return False
-    return _PLAIN.issuperset([t.__class__ for t in tensors])
+    return _PLAIN.issuperset(map(type, tensors))
 
 
 _PLAIN = {Tensor, torch.nn.Parameter, type(None)}

@@ -199,6 +199,8 @@ def _driver(log: FakeDriver, device: int, properties: dict[str, int]) -> Any:
             exit_hook: Any,
             *arguments: Any,
         ) -> None:
+            if enter_hook is not None:
+                enter_hook(launch_metadata)
             if log.recording:
                 log.launches.append(
                     LaunchRecord(
