@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -10,8 +11,10 @@ from torch import Tensor, nn
 
 from tritonnorm.flow.inputs import tensors_in
 from tritonnorm.fold import fold
+from tritonnorm.report import Report
 
 LIMIT = 1e-9  # relative, float64
+SHAPE = (2, 4, 6, 6)  # shape of an input of `net`
 
 
 def trained(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -96,3 +99,28 @@ def conv(inputs: int, outputs: int, size: int = 3, **options: Any) -> nn.Conv2d:
 
 def bn(channels: int) -> nn.BatchNorm2d:
     return nn.BatchNorm2d(channels)
+
+
+def net(run: Any, kind: type[Net] = Net, **modules: nn.Module) -> nn.Module:
+    """A model with a convolution and a batch norm of 4 channels, if no others are given."""
+    return trained(kind(run, **({"conv": conv(4, 4), "bn": bn(4)} | modules)))
+
+
+def folded(model: nn.Module, inputs: Any = None, **options: Any) -> tuple[nn.Module, Report]:
+    """Without the check of the whole model, which would take back what is wrong."""
+    return fold(copy.deepcopy(model), inputs, verify=False, **options)
+
+
+def same(model: nn.Module, other: nn.Module, *calls: tuple[Any, ...]) -> None:
+    """Both give the same, call after call."""
+    with torch.no_grad():
+        for call in calls:
+            expected = model(*(v.clone() if isinstance(v, Tensor) else v for v in call))
+            found = other(*(v.clone() if isinstance(v, Tensor) else v for v in call))
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def left(report: Report) -> str:
+    """The reason for leaving the only batch norm."""
+    assert report.counts == {"left": 1}
+    return report.rows[0].reason

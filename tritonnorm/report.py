@@ -48,6 +48,7 @@ class Report:
         notes: remarks on the whole model, one sentence each.
         dry_run: True when nothing was changed and the rows say what would have been done.
         error: fold only: largest relative error of the whole model in float64, None if unknown.
+        eps: fold only: of each batch norm that was folded, by name.
     """
 
     operation: str
@@ -55,6 +56,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     dry_run: bool = False
     error: float | None = None
+    eps: dict[str, float] = field(default_factory=dict, repr=False)
     _undo: Callable[[], None] | None = field(default=None, repr=False, compare=False)
 
     def on_undo(self, action: Callable[[], None]) -> None:
@@ -81,6 +83,11 @@ class Report:
     def skipped(self) -> list[Row]:
         """The rows of the batch norms that were left as they were."""
         return [row for row in self.rows if row.decision == LEFT]
+
+    @property
+    def remaining(self) -> list[Row]:
+        """The rows of the batch norms that are still there: left, or fused with an activation."""
+        return [row for row in self.rows if row.decision in (LEFT, "fused")]
 
     @property
     def summary(self) -> str:

@@ -104,7 +104,13 @@ def load_into(model: nn.Module, path: Path) -> None:
     faults = [
         *_some(
             "missing",
-            [k for k in own if k not in content and own[k].data_ptr() not in there],
+            [
+                key
+                for key in own
+                if key not in content
+                and own[key].data_ptr() not in there
+                and not key.endswith("num_batches_tracked")  # torch loads old files without it
+            ],
         ),
         *_some("unknown", [key for key in content if key not in own]),
         *_some(

@@ -92,12 +92,12 @@ def _fold(options: argparse.Namespace) -> int:
     folded, report = tritonnorm.fold(
         model,
         inputs or None,
-        inplace=True,
+        inplace=options.rules == "exact",  # a copy less; rules of more have no undo
         rules=options.rules,
         dry_run=options.dry_run,
     )
     print(report)
-    left = bool(report.skipped)
+    left = bool(report.remaining)
     if options.strict and left:
         print("tritonnorm: --strict: a batch norm is left; nothing is written", file=sys.stderr)
     elif write is not None and not options.dry_run:

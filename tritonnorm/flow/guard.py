@@ -51,6 +51,21 @@ class StateGuard(TorchDispatchMode):
             whole = self._state[key].detach()
             self._saved[key] = (whole, whole.clone())
 
+    def changes(self) -> tuple[set[int], str]:
+        """Storage of the parameters and buffers that the run replaced by others, and a number among
+        the modules' attributes that it changed, by its name, or nothing."""
+        replaced: set[int] = set()
+        counted = ""
+        for module, before in zip(self._modules, self._attributes, strict=True):
+            for table in ("_parameters", "_buffers"):
+                for name, tensor in before[table].items():
+                    if tensor is not None and module.__dict__[table].get(name) is not tensor:
+                        replaced.add(storage_key(tensor) or 0)
+            for name, value in module.__dict__.items():
+                if type(value) in (int, float, complex) and value != before.get(name):
+                    counted = name
+        return replaced, counted
+
     def restore(self) -> None:
         """Put back what the run changed. Call it outside the mode."""
         with torch.no_grad():

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,14 @@ def _call(value: Any) -> Call:
     if not list(tensors_in((call.args, call.kwargs))):
         raise ValueError("example_inputs: expected at least one tensor, got none")
     return call.map(Tensor.detach)
+
+
+def takes_numbers(model: nn.Module, call: Call) -> bool:
+    """Whether a call gives the model numbers, or leaves some at their defaults; flags are none."""
+    values = tree_leaves((call.args, call.kwargs))
+    with contextlib.suppress(TypeError, ValueError):  # a forward that has no signature
+        values += [p.default for p in inspect.signature(model.forward).parameters.values()]
+    return any(type(value) in (int, float, complex) for value in values)
 
 
 def _map(change: Callable[[Tensor], Tensor], value: Any) -> Any:

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from tritonnorm.fold.checkpoint import fold_state_dict
 from tritonnorm.report import LEFT, Report, Row
+
+if TYPE_CHECKING:
+    from tritonnorm.flow.inputs import Call
 
 __all__ = ["fold", "fold_state_dict"]
 
@@ -50,22 +54,20 @@ def fold(
             returns False.
         verify: check each pair in float64 on random data and, given example inputs, the whole
             model; a fold that fails is not made, and its row says so.
-        strict: raise when any batch norm would be left; nothing is changed then.
+        strict: raise when any batch norm would be left, or only fused with its activation;
+            nothing is changed then.
         dry_run: only report; the model returned is the one given.
 
     Returns:
         The folded model and the report, one row per batch norm. `report.undo()` takes the fold
-        back.
+        back. A model that cannot be folded at all, as it is compiled, scripted or wrapped, comes
+        back itself, with the reason in every row.
 
     Raises:
         ValueError: an argument is not as described, the model raised on the example inputs, the
             model cannot be copied (and `inplace` is False), or `strict` and a batch norm is left.
     """
     from tritonnorm.flow.inputs import calls_from  # here: what follows takes 60 ms to import
-    from tritonnorm.fold import inspect
-    from tritonnorm.fold.edit import apply
-    from tritonnorm.fold.job import Job
-    from tritonnorm.fold.verify import search
 
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -74,6 +76,25 @@ def fold(
     if rules == "all" and inplace:
         raise ValueError("rules: expected 'exact' with inplace=True, got 'all', which has no undo")
     calls = None if example_inputs is None else calls_from(example_inputs)
+    with torch.inference_mode(False):  # what is made under it could never be trained
+        return _fold(model, calls, inplace, rules, filter_fn, verify, strict, dry_run)
+
+
+def _fold(
+    model: nn.Module,
+    calls: list[Call] | None,
+    inplace: bool,
+    rules: str,
+    filter_fn: Filter | None,
+    verify: bool,
+    strict: bool,
+    dry_run: bool,
+) -> tuple[nn.Module, Report]:
+    from tritonnorm.fold import inspect
+    from tritonnorm.fold.edit import apply
+    from tritonnorm.fold.job import Job
+    from tritonnorm.fold.verify import search
+
     report = Report("fold", dry_run=dry_run)
     if reason := inspect.frozen_reason(model):
         report.rows = [
@@ -111,5 +132,5 @@ def _finish(report: Report, strict: bool) -> None:
     Raises:
         ValueError: `strict`, and a batch norm is left; the message holds the report.
     """
-    if strict and report.skipped:
+    if strict and report.remaining:
         raise ValueError(f"strict: expected every batch norm to fold, got\n{report}")

@@ -35,11 +35,6 @@ class Change:
         """Whether nothing is added."""
         return bool((self.shift == 0).all())
 
-    def same(self, other: Change) -> bool:
-        """Whether both are equal everywhere."""
-        pairs = ((self.scale, other.scale), (self.shift, other.shift))
-        return all(bool((a == b).all()) for a, b in pairs)
-
     def map(self, move: object) -> Change:
         """The same operation on scale and shift, then made small again."""
         return Change(compress(move(self.scale)), compress(move(self.shift)))  # type: ignore[operator]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from tritonnorm.fold import algebra
@@ -20,7 +21,7 @@ def fold_state_dict(
     state_dict: Mapping[str, Tensor],
     pairs: Mapping[str, str] | Report,
     *,
-    eps: float | Mapping[str, float] = 1e-5,
+    eps: float | Mapping[str, float] | None = None,
 ) -> tuple[dict[str, Tensor], Report]:
     """Fold the batch norms of a checkpoint into convolutions and linear layers, by their names.
 
@@ -33,7 +34,8 @@ def fold_state_dict(
         pairs: for the name of each batch norm the name of the convolution or linear layer right
             before it, whose output nothing else uses; or the report of a fold, of which the rows
             that say so count. Not for transposed convolutions.
-        eps: of all batch norms, or of each by its name (1e-5 where there is none).
+        eps: of all batch norms, or of each by its name (1e-5 where there is none); by default
+            what the report has, or 1e-5.
 
     Returns:
         The folded tensors and a report with one row per batch norm of the checkpoint.
@@ -42,6 +44,8 @@ def fold_state_dict(
         ValueError: a pair names what the checkpoint does not have, or tensors that do not fit.
     """
     given = _from_report(pairs) if isinstance(pairs, Report) else dict(pairs)
+    if eps is None:
+        eps = pairs.eps if isinstance(pairs, Report) else {}
     taken = list(given.values())
     for bn, layer in given.items():
         _check(state_dict, bn, layer)
@@ -84,6 +88,17 @@ def _check(state_dict: Mapping[str, Tensor], bn: str, layer: str) -> None:
         )
 
 
+def _same(state_dict: Mapping[str, Tensor], key: str) -> list[str]:
+    """Other names of a tensor: a checkpoint has one for each name of a module."""
+    mine = state_dict[key]
+    alike = (
+        other
+        for other, tensor in state_dict.items()
+        if other != key and tensor.shape == mine.shape and tensor.dtype == mine.dtype
+    )
+    return [other for other in alike if torch.equal(state_dict[other], mine)]
+
+
 def _fold(
     old: Mapping[str, Tensor], new: dict[str, Tensor], bn: str, layer: str, eps: float
 ) -> Row:
@@ -93,6 +108,8 @@ def _fold(
     assert mean is not None and var is not None
     affine = algebra.scale_shift(mean, var, eps, gamma, beta)
     weight = old[f"{layer}.weight"]
+    if others := _same(old, f"{layer}.weight"):
+        raise FoldRefused(f"the weight of {layer} is also {', '.join(others)}")
     exact = algebra.fold_conv(weight, old.get(f"{layer}.bias"), affine)
     stored = algebra.cast(exact, weight, algebra.channel_maximum(exact.weight))
     new[f"{layer}.weight"], new[f"{layer}.bias"] = stored.weight, stored.bias

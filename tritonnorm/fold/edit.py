@@ -33,7 +33,7 @@ def tail_of(bn: nn.Module, residual: bool = False) -> nn.Module | None:
 def _with_activation(bn: nn.Module, name: str, args: tuple[float, ...]) -> nn.Module:
     """One of our batch norms with the tensors of this one."""
     put = copy.copy(bn)
-    put.__dict__ |= {k: dict(v) for k, v in bn.__dict__.items() if isinstance(v, dict)}
+    put.__dict__ |= {k: copy.copy(v) for k, v in bn.__dict__.items() if isinstance(v, dict)}
     put.__class__ = next(ours for ours in OURS if isinstance(bn, torch_class(ours)))
     put.activation, put.activation_args = name, args  # type: ignore[assignment]
     return put

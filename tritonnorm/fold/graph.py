@@ -7,7 +7,7 @@ operation.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,6 +53,7 @@ class Node:
         module: the layer or batch norm.
         function, args, kwargs: the operation, with values in the places of tensors.
         inputs, outputs: values.
+        numbers: why a number among the arguments may be another in the next call, if it may.
     """
 
     index: int
@@ -64,6 +65,7 @@ class Node:
     kwargs: dict[str, Any] = field(default_factory=dict)
     inputs: list[Value] = field(default_factory=list)
     outputs: list[Value] = field(default_factory=list)
+    numbers: str = ""
 
     def argument(self, name: str, default: Any = None) -> Any:
         """An argument of the operation by its name in the schema."""
@@ -110,6 +112,7 @@ class Run:
         kept: memory that outlives the run, or that the run was given.
         foreign: ids of layers and batch norms whose tensors were read outside their own call, or
             that are odd in another way; with the reason.
+        numbers: why a number in the code may be another one in the next call; empty if none may.
     """
 
     nodes: list[Node] = field(default_factory=list)
@@ -118,6 +121,20 @@ class Run:
     writes: dict[int, list[int]] = field(default_factory=dict)
     kept: set[int] = field(default_factory=set)
     foreign: dict[int, str] = field(default_factory=dict)
+    numbers: str = ""
+
+    def settle(self, changed: set[int], literals: Iterable[Value]) -> None:
+        """Take back the constants that may have another value in the next call: what the run
+        changed of the model's state, where numbers may change the literals and what operations
+        made of numbers, and what was computed from these."""
+        doubtful = set(literals if self.numbers else ())
+        for node in self.nodes:
+            node.numbers = self.numbers
+            doubtful.update(value for value in node.inputs if value.memory in changed)
+            if self.numbers or any(value in doubtful for value in node.inputs):
+                doubtful.update(node.outputs)
+        for value in doubtful:
+            value.constant = None
 
     def functional(self) -> list[Node]:
         """The batch norm operations that are not part of a batch norm module."""

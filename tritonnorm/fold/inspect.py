@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import types
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -128,7 +130,8 @@ def _common_reason(module: nn.Module, what: str) -> str | None:
         return f"the {what} is parametrised: its tensors are computed at every access"
     if any(getattr(module, name, None) for name in _HOOKS):
         return f"the {what} has a hook, which would see another value"
-    if "forward" in module.__dict__ or module._compiled_call_impl is not None:
+    patched = module.__dict__.keys() & {"forward", "_conv_forward"}
+    if patched or module._compiled_call_impl is not None:
         return f"the forward of this {what} has been patched or compiled"
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):
         if tensor is None:
@@ -166,11 +169,17 @@ def bake(model: nn.Module) -> int:
     """
     layers = [m for m in model.modules() if parametrize.is_parametrized(m) and is_layer(m)]
     for layer in layers:
-        values = {name: getattr(layer, name).detach().clone() for name in layer.parametrizations}  # type: ignore[union-attr]
+        values = {
+            name: (
+                getattr(layer, name).detach().clone(),
+                any(p.requires_grad for p in of.parameters()),
+            )
+            for name, of in layer.parametrizations.items()  # type: ignore[union-attr, operator]
+        }
         layer.__class__ = parametrize.type_before_parametrizations(layer)
         del layer._modules["parametrizations"]
-        for name, value in values.items():
-            layer.register_parameter(name, nn.Parameter(value))
+        for name, (value, learned) in values.items():
+            layer.register_parameter(name, nn.Parameter(value, requires_grad=learned))
     return len(layers)
 
 
@@ -197,6 +206,8 @@ def layer_reason(producer: nn.Module) -> str | None:
         return f"the weight of the {what} is not a real floating-point tensor"
     if weight.layout is not torch.strided or weight.is_quantized:
         return f"the weight of the {what} is sparse or quantised"
+    if not weight.numel():
+        return f"the weight of the {what} has no elements"
     if isinstance(bias, Tensor) and bias.dtype != weight.dtype:
         return f"weight and bias of the {what} have different dtypes"
     return None
@@ -231,6 +242,36 @@ def rule_name(producer: nn.Module) -> str:
     )
     grouped = getattr(producer, "groups", 1) != 1
     return f"{'grouped ' if grouped else ''}{name} -> bn"
+
+
+def held(model: nn.Module) -> dict[int, str]:
+    """Modules that a module of the model holds beside its submodules, in a list for example, by id:
+    the name of the attribute. What takes their place in the model does not take it there."""
+    found: dict[int, str] = {}
+    for path, module in model.named_modules():
+        for name, value in module.__dict__.items():
+            if name not in ("_modules", "forward") and not name.endswith("_hooks"):
+                for inner in _modules_in(value):
+                    found.setdefault(id(inner), f"{path}.{name}".lstrip("."))
+    return found
+
+
+def _modules_in(value: object, depth: int = 4) -> Iterator[nn.Module]:
+    """Modules in nested containers, partial functions and bound methods."""
+    inner: Iterable[object] = ()
+    if isinstance(value, nn.Module):
+        yield value
+    elif isinstance(value, Mapping):
+        inner = value.values()
+    elif isinstance(value, list | tuple | set | frozenset):
+        inner = value
+    elif isinstance(value, functools.partial):
+        inner = (value.func, *value.args, *value.keywords.values())
+    elif isinstance(value, types.MethodType):
+        inner = (value.__self__,)
+    if depth:
+        for item in inner:
+            yield from _modules_in(item, depth - 1)
 
 
 def never_trained(bn: nn.Module) -> bool:

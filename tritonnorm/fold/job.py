@@ -10,13 +10,14 @@ from tritonnorm.flow.inputs import Call
 from tritonnorm.fold import inspect
 from tritonnorm.fold.algebra import FoldRefused, ScaleShift
 from tritonnorm.fold.change import Stop
-from tritonnorm.fold.edit import tail_of
+from tritonnorm.fold.edit import apply, tail_of
 from tritonnorm.fold.frozen import recognise
 from tritonnorm.fold.graph import Run
 from tritonnorm.fold.inspect import Names
 from tritonnorm.fold.pairs import Finder, Pair
 from tritonnorm.fold.plan import Outcome, Plan, Planner
 from tritonnorm.fold.record import record
+from tritonnorm.fold.trace import changed
 from tritonnorm.report import LEFT, Report, Row
 
 
@@ -65,12 +66,15 @@ class Job:
 
     def _classify(self, filter_fn: Callable[[nn.Module, str], bool] | None) -> None:
         compiled = tuple(f"{name}." for name in inspect.compiled_parts(self.model))
+        held = inspect.held(self.model)
         for name, bn in self.found.items():
             path = "" if name == "(root)" else name
             if filter_fn is not None and not filter_fn(bn, path):
                 self.reasons[name] = "left out by filter_fn"
             elif reason := inspect.batch_norm_reason(bn):
                 self.reasons[name] = reason
+            elif holder := held.get(id(bn)):
+                self.reasons[name] = f"it is also held by {holder}, which would keep it"
             elif bn is self.model:
                 self.reasons[name] = "the model itself is the batch norm: nothing comes before it"
             elif any(
@@ -121,6 +125,16 @@ class Job:
                 planner.out.reasons[name] = answer
         return planner.out
 
+    def changed(self) -> str:
+        """Without example inputs: why the folded model may do something else, or nothing."""
+        if self._finder is None or isinstance(self._finder.traces, str):
+            return ""
+        applied = apply(self.model, self.outcome.sites, self.names, self.tails)
+        try:
+            return changed(self.model, self._finder.traces)
+        finally:
+            applied.undo()
+
     def pairs(self) -> list[tuple[Plan, nn.Module, nn.Module]]:
         """The plans that concern one layer and one batch norm alone, with both."""
         partners = [p for plan in self.outcome.plans.values() for p in plan.partners]
@@ -153,6 +167,7 @@ class Job:
                     report.rows.append(Row(name, kind, "fused", reason, "bn + activation", fused))
                 continue
             reason = plan.reason
+            report.eps[name] = float(getattr(bn, "eps", 1e-5))
             if inspect.never_trained(bn):
                 untrained.append(name)
                 reason += "; its statistics were never updated"

@@ -1,18 +1,19 @@
-"""What a fold leaves in the place of a batch norm where it is not an identity."""
+"""What a fold leaves in the place of a batch norm where it is not an identity.
 
-from __future__ import annotations
+Annotations are not postponed here: `torch.jit.script` reads them.
+"""
 
 import torch
 from torch import Tensor, nn
 
 from tritonnorm import functional, settings
-from tritonnorm.activation import apply, resolve
+from tritonnorm.activation import ACTIVATIONS
 
 __all__ = ["AddActivation", "ChannelShift", "Zero"]
 
 
 class AddActivation(nn.Module):
-    """``activation(x + residual)``: what is left of a fused batch norm that takes a residual.
+    """``activation(input + residual)``: what is left of a fused batch norm that takes a residual.
 
     Args:
         activation: the module of the activation, or None.
@@ -22,21 +23,23 @@ class AddActivation(nn.Module):
         super().__init__()
         self.activation = activation
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Add and activate; shapes as in `tritonnorm.BatchNorm2d`."""
-        if residual is not None:
-            x = x + residual
-        return x if self.activation is None else self.activation(x)
+        y = input if residual is None else input + residual
+        return y if self.activation is None else self.activation(y)
 
 
 class ChannelShift(nn.Module):
-    """``x + shift`` with one number per channel: what is left when only the scale folds.
+    """``input + shift`` with one number per channel: what is left when only the scale folds.
+
+    `torch.jit.script` and `torch.fx` take it as well.
 
     Args:
         shift: ``[C]``, a buffer.
-        tail: run on the result, with any further arguments; None for nothing.
-        activation: name and parameters of an activation, as in `tritonnorm.BatchNorm2d`. On a GPU
-            both run in one launch: a batch norm with mean -shift and variance 1.
+        tail: run on the result; of an `AddActivation` only the activation, None for nothing.
+        activation: in place of a tail, name and parameters of an activation as in
+            `tritonnorm.BatchNorm2d`. On a GPU both run in one launch: a batch norm with mean
+            -shift and variance 1.
     """
 
     shift: Tensor
@@ -52,21 +55,32 @@ class ChannelShift(nn.Module):
         self.register_buffer("shift", shift)
         if activation is not None:
             self.register_buffer("one", torch.ones_like(shift), persistent=False)
-        self.tail = tail
+            tail = ACTIVATIONS[activation[0]].module(*activation[1])
+        self.tail = tail.activation if isinstance(tail, AddActivation) else tail
         self.activation = activation
 
-    def forward(self, x: Tensor, *more: Tensor) -> Tensor:
-        """Add to ``[N, C, ...]``; the dtype of ``x`` is kept."""
-        kernels = (x.is_cuda or settings.interpreting()) and not settings.disabled()
-        if self.activation is not None and kernels:
-            name, args = self.activation
-            return functional.batch_norm(
-                x, -self.shift, self.one, eps=0.0, activation=name, activation_args=args
-            )
-        y = x + self.shift.to(x.dtype).view(-1, *(1,) * (x.dim() - 2))
-        if self.activation is not None:
-            return apply(*resolve(*self.activation), y)
-        return y if self.tail is None else self.tail(y, *more)
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Add to ``[N, C, ...]``, then the residual; the dtype of ``input`` is kept."""
+        if not torch.jit.is_scripting() and self._fits(input):
+            return self._by_kernel(input)
+        y = (input.transpose(1, -1) + self.shift.to(input.dtype)).transpose(1, -1)
+        if residual is not None:
+            y = y + residual
+        return y if self.tail is None else self.tail(y)
+
+    @torch.jit.unused
+    def _fits(self, input: Tensor) -> bool:
+        if self.activation is None or not isinstance(input, Tensor):  # a proxy of torch.fx
+            return False
+        return (input.is_cuda or settings.interpreting()) and not settings.disabled()
+
+    @torch.jit.unused
+    def _by_kernel(self, input: Tensor) -> Tensor:
+        assert self.activation is not None
+        name, args = self.activation
+        return functional.batch_norm(
+            input, -self.shift, self.one, eps=0.0, activation=name, activation_args=args
+        )
 
     def extra_repr(self) -> str:
         """The number of channels, and the activation."""
@@ -77,6 +91,6 @@ class ChannelShift(nn.Module):
 class Zero(nn.Module):
     """A zero, of shape (): what is left of a branch that another branch of the same sum took in."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """A zero of the dtype and device of ``x``."""
-        return torch.zeros((), dtype=x.dtype, device=x.device)
+    def forward(self, input: Tensor) -> Tensor:
+        """A zero of the dtype and device of ``input``."""
+        return torch.zeros((), dtype=input.dtype, device=input.device)

@@ -50,6 +50,17 @@ def no_way(node: Node) -> str:
     return f"no scale and shift pass through {describe(node)}"
 
 
+def sure(node: Node, number: float = 0.0) -> float:
+    """A number among the arguments of an operation.
+
+    Raises:
+        Stop: it may be another one in the next call.
+    """
+    if node.numbers:
+        raise Stop(f"a number in {describe(node)} may be another in the next call: {node.numbers}")
+    return number
+
+
 def restrict(change: Change, out: Value, operand: Value) -> Change:
     """The change of a broadcast operand: possible where it is the same for all it is spread to."""
     more = len(out.shape) - len(operand.shape)
@@ -152,10 +163,14 @@ class Part(Rule):
             for view, change in zip(self._parts(node, whole), out, strict=False):
                 view.copy_(getattr(change, name))
             found.append(compress(whole))
+        if any(tensor.shape[axis] != 1 for tensor in found):
+            sure(node)
         return [(0, Change(*found))]
 
     def ahead(self, node: Node, into: list[Change]) -> list[Change]:
         axis, size = self._axis(node), node.inputs[0].shape[self._axis(node)]
+        if any(tensor.shape[axis] != 1 for tensor in (into[0].scale, into[0].shift)):
+            sure(node)
 
         def parts(tensor: Tensor) -> list[Tensor]:
             shape = list(tensor.shape)
@@ -178,7 +193,10 @@ class Cat(Rule):
     """Concatenation along an axis."""
 
     def _axis(self, node: Node) -> int:
-        return int(node.argument("dim", 0)) % len(node.outputs[0].shape)
+        rank = len(node.outputs[0].shape)
+        if any(len(value.shape) != rank for value in node.inputs):
+            raise Stop("an empty list of numbers is concatenated")
+        return int(node.argument("dim", 0)) % rank
 
     def back(self, node: Node, out: list[Change], swap: bool = False) -> Wanted:
         axis, start, wanted = self._axis(node), 0, []
@@ -220,6 +238,8 @@ class Move(Rule):
             raise Stop(f"the value is too large to follow through {describe(node)}")
         if node.argument("value", 0) not in (0, None):
             raise Stop("the padding is not zero")
+        if node.what.startswith("constant_pad"):
+            sure(node)
         tensors = {}
         for other in node.inputs[1:]:
             if other.constant is None:

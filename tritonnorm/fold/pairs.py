@@ -5,7 +5,7 @@ Two kinds of proof: the order of children in `nn.Sequential`s up to the root, an
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -16,23 +16,10 @@ from tritonnorm.fold.trace import Traced, traces
 
 @dataclass(frozen=True)
 class Pair:
-    """A batch norm and the layer that it can be folded into.
+    """The layer that a batch norm can be folded into, and what proves the data flow, in words."""
 
-    Attributes:
-        name: first name of the batch norm.
-        partner: first name of the layer.
-        rule: such as "conv2d -> bn".
-        proof: what proves the data flow, in words.
-        bn: the batch norm.
-        producer: the layer.
-    """
-
-    name: str
-    partner: str
-    rule: str
+    producer: nn.Module
     proof: str
-    bn: nn.Module = field(repr=False)
-    producer: nn.Module = field(repr=False)
 
 
 class Finder:
@@ -41,6 +28,7 @@ class Finder:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.names = Names.of(model)
+        self.held = inspect.held(model)
         self.paths: dict[int, list[str]] = {}
         for name, module in model.named_modules(remove_duplicate=False):
             self.paths.setdefault(id(module), []).append(name)
@@ -51,11 +39,11 @@ class Finder:
         producer, proof = self._flow_of(bn)
         if isinstance(producer, str):
             return producer
+        if holder := self.held.get(id(producer)):
+            return f"{self.names[producer]} is also held by {holder}; give example_inputs"
         if reason := inspect.producer_reason(producer, bn) or _axis_unknown(producer, bn):
             return reason
-        return Pair(
-            self.names[bn], self.names[producer], inspect.rule_name(producer), proof, bn, producer
-        )
+        return Pair(producer, proof)
 
     def _flow_of(self, bn: nn.Module) -> tuple[nn.Module | str, str]:
         if (producer := self._sequential(bn)) is not None:
@@ -78,7 +66,7 @@ class Finder:
         parents = [self.model.get_submodule(".".join(parts[:i])) for i in range(len(parts))]
         if any(type(p) is not nn.Sequential or "forward" in p.__dict__ for p in parents):
             return None
-        children = list(parents[-1].children())
+        children = list(parents[-1]._modules.values())  # a shared one each time
         position = list(parents[-1]._modules).index(parts[-1])
         producer = children[position - 1] if position and len(children) > position else None
         if producer is None or len(self.paths[id(producer)]) != 1:

@@ -30,9 +30,8 @@ class Planner:
 
     Args:
         model: the model; it is not changed.
-        runs: its recorded runs; empty when only `given` counts.
-        norms: the batch norms that may fold, by name; None in the place of the module for one
-            that may not.
+        runs: its recorded runs; empty where what precedes each batch norm is given to `direct`.
+        norms: the batch norms that may fold, by name.
         affines: scale and shift of batch norms of other classes, found in the runs.
     """
 
@@ -102,8 +101,10 @@ class Planner:
     ) -> bool:
         try:
             plan = attempt(name, bn)
-        except (Stop, FoldRefused) as reason:
+        except Exception as reason:  # one that cannot be followed must not stop the others
             said, text = self.out.reasons.get(name, ""), str(reason)
+            if not isinstance(reason, Stop | FoldRefused):
+                text = f"it cannot be followed ({type(reason).__name__}: {text})"
             if first and text and text not in said:
                 ahead = "and ahead: " if attempt == self._after else ""
                 ahead = "its scale alone: " if attempt == self._scale_only else ahead

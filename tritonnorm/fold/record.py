@@ -9,25 +9,20 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from tritonnorm.activation import resolve
 from tritonnorm.flow.guard import StateGuard, quiet_run, storage_key, with_schema
-from tritonnorm.flow.inputs import Call, tensors_in
+from tritonnorm.flow.inputs import Call, takes_numbers, tensors_in
+from tritonnorm.fold.escapes import Escapes
 from tritonnorm.fold.graph import LAYER, NORM, OPERATION, Node, Run, Span, Value, leaves
 from tritonnorm.fold.inspect import OURS, is_layer, is_plain_norm
 from tritonnorm.fold.memory import Memory, geometry_of
 
-# Ways by which Python code reads values without an operation.
-_ESCAPES = frozenset(
-    {"numpy", "__array__", "tolist", "data_ptr", "untyped_storage", "storage", "__dlpack__"}
-)
 # Hooks of a module, and how many of them are the recorder's.
 _HOOKS = {
     "_forward_hooks": 1,
@@ -49,8 +44,10 @@ def record(model: nn.Module, calls: list[Call]) -> list[Run]:
     runs = []
     for position, call in enumerate(calls):
         recorder, fresh = _Recorder(model), call.map(torch.clone)
+        if takes_numbers(model, call):
+            recorder.run.numbers = "an argument of the model is a number"
         try:
-            with quiet_run(), recorder.hooks(), _Escapes(recorder), recorder:
+            with quiet_run(), recorder.hooks(), Escapes(recorder.escape), recorder:
                 result = model(*fresh.args, **fresh.kwargs)
             recorder.finish(result)
         except Exception as error:
@@ -71,6 +68,8 @@ class _Recorder(StateGuard):
         self.memory: dict[int, Memory] = {}
         self.stack: list[Span] = []
         self.thread = threading.get_ident()
+        self.numbers: list[Value] = []  # those of which the code got elements as numbers
+        self.literals: list[Value] = []
         self.owners: dict[int, list[nn.Module]] = {}
         self.state: dict[int, Tensor] = {}
         self.plain = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
@@ -123,7 +122,10 @@ class _Recorder(StateGuard):
                 node.outputs.append(value)
             elif place < results:  # known already; its place among the results stays
                 node.outputs.append(Value(tensor.shape, tensor.dtype, None))
+        if node.what.startswith("_local_scalar_dense"):
+            self.numbers += [value for value in node.inputs if value.dtype != torch.bool]
         if "lift_fresh" in node.what:  # a literal in the code of the model
+            self.literals += node.inputs
             for value in node.inputs:
                 value.constant = result.detach().clone()
         if fresh or not made:  # an operation that gives its input back is no use of it
@@ -210,8 +212,9 @@ class _Recorder(StateGuard):
             if key is None or key in mine:
                 continue
             owners = self.owners.get(key, ())
-            if owners and not any(o is s.module for o in owners for s in self.stack):
-                for owner in owners:
+            inner = self.stack[self.stack.index(span) :]
+            if owners and not any(o is s.module for o in owners for s in inner):
+                for owner in (*owners, span.module):
                     self.run.foreign[id(owner)] = "tensors are read outside its own call"
             if key in self.memory and not self.memory[key].given:
                 for value in self.memory[key].views.values():
@@ -308,10 +311,12 @@ class _Recorder(StateGuard):
         for tensor in tensors_in(values):
             key = storage_key(tensor)
             if inside is None and key in self.memory:
-                self._value(tensor)[0].seen.append(f"also used by {what}")
+                value = self._value(tensor)[0]
+                value.seen.append(f"also used by {what}")
+                self.numbers.append(value)
 
     def finish(self, result: Any) -> None:
-        """After the run: which values does somebody still hold?"""
+        """After the run: which values does somebody still hold, and which are constants?"""
         returned = {storage_key(tensor) for tensor in tensors_in(result)}
         del result
         made = (m for key, m in self.memory.items() if not m.given and key not in returned)
@@ -320,6 +325,9 @@ class _Recorder(StateGuard):
         for key, memory in self.memory.items():
             if memory.given:
                 self.run.kept.add(key)
+                why = "written into a tensor that was there before" if memory.written else ""
+                for value in (*memory.views.values(), *memory.parts) if why else ():
+                    value.seen.append(why)
                 continue
             why = "returned by the model" if key in returned else ""
             if not why and not memory.alive.expired():
@@ -328,21 +336,12 @@ class _Recorder(StateGuard):
                 self.run.kept.add(key)
                 for value in (*memory.views.values(), *memory.parts):
                     value.seen.append(why)
-
-
-class _Escapes(TorchFunctionMode):
-    """Sees the reads that are no operations, such as `Tensor.numpy`."""
-
-    def __init__(self, recorder: _Recorder) -> None:
-        super().__init__()
-        self.recorder = recorder
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        name = getattr(func, "__name__", "")
-        if name == "__get__":  # properties: a slot wrapper bound to its descriptor
-            name = getattr(getattr(func, "__self__", None), "__name__", "")
-        if name in _ESCAPES:
-            self.recorder.escape(name, (args, kwargs))
-        return func(*args, **(kwargs or {}))
+        changed, counted = self.changes()
+        changed |= {key for key in self.state if key in self.run.writes}
+        self.run.settle(changed, self.literals)
+        if not self.run.numbers and any(value.constant is None for value in self.numbers):
+            self.run.numbers = "a number in the code is read from a tensor"
+        if not self.run.numbers and counted:
+            self.run.numbers = f"the model changes its attribute {counted}"
+        if self.run.numbers:
+            self.run.settle(changed, self.literals)

@@ -26,6 +26,7 @@ from tritonnorm.fold.moves import (
     Wanted,
     no_way,
     restrict,
+    sure,
 )
 
 
@@ -133,13 +134,17 @@ class _Binary(Rule):
         for argument in node.args[:2]:
             if isinstance(argument, Value):
                 known = argument.constant
+                if known is not None and known.is_complex():
+                    raise Stop(no_way(node))
                 if known is not None and len(found) < 2:
                     found.append((None, known.double().cpu()))
                 else:
                     found.append((place, None))
                 place += 1
+            elif isinstance(argument, complex):
+                raise Stop(no_way(node))
             else:
-                found.append((None, float(argument)))
+                found.append((None, sure(node, float(argument))))
         return found
 
     def _constant(self, node: Node) -> tuple[int, int, Tensor] | None:
@@ -161,7 +166,11 @@ class Add(_Binary):
 
     def _factor(self, node: Node) -> float:
         sign = -1.0 if node.what.startswith("sub") else 1.0
-        return sign * float(node.argument("alpha", 1) or 1) if node.function else 1.0
+        if "alpha" not in node.kwargs:
+            return sign
+        if not (alpha := sure(node, float(node.kwargs["alpha"]))):
+            raise Stop(no_way(node))
+        return sign * alpha
 
     def back(self, node: Node, out: list[Change], swap: bool = False) -> Wanted:
         s, t, factor = out[0].scale, out[0].shift, self._factor(node)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import inspect
 import weakref
+from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -22,9 +23,12 @@ class Traced:
     Attributes:
         graph: the graph, or None when the model does not trace.
         failure: why there is no graph; empty otherwise.
+        leaves: names of the modules that are called and not looked into.
     """
 
-    def __init__(self, model: nn.Module, defaults: bool) -> None:
+    def __init__(
+        self, model: nn.Module, defaults: bool, leaves: Collection[str] | None = None
+    ) -> None:
         self.graph: fx.Graph | None = None
         self.failure = ""
         self.model = model
@@ -32,7 +36,7 @@ class Traced:
         self._names: dict[int, list[str]] = {}
         for name, module in model.named_modules(remove_duplicate=False):
             self._names.setdefault(id(module), []).append(name)
-        tracer = _Tracer()
+        tracer = _Tracer(leaves)
         guard = _ReadGuard(model)
         self._read = guard.seen
         try:
@@ -49,10 +53,17 @@ class Traced:
         if self.graph is not None:
             gc.collect()
             self._kept = {node for node, proxy in tracer.proxies if proxy() is not None}
+        self.leaves = tracer.leaves
         self._targets: dict[str, list[fx.Node]] = {}
         for node in self.graph.nodes if self.graph else ():
             if node.op in ("call_module", "get_attr"):
                 self._targets.setdefault(str(node.target), []).append(node)
+
+    @property
+    def steps(self) -> list[str]:
+        """What the forward does, in order, whatever the modules are that it calls."""
+        nodes = self.graph.nodes if self.graph else ()
+        return [f"{n.op} {n.target} {n.args} {n.kwargs}" for n in nodes]
 
     def producer(self, bn: nn.Module) -> nn.Module | str:
         """The layer whose output goes only into the batch norm, or why there is none."""
@@ -108,12 +119,19 @@ class Traced:
 class _Tracer(fx.Tracer):
     """Stops at layers and batch norms, ours included, and knows which values the model keeps."""
 
-    def __init__(self) -> None:
+    def __init__(self, leaves: Collection[str] | None) -> None:
         super().__init__()
         self.proxies: list[tuple[fx.Node, weakref.ref[fx.Proxy]]] = []
+        self.leaves: set[str] = set()
+        self._known = leaves
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return type(m) in FOLDABLE or super().is_leaf_module(m, module_qualified_name)
+        if self._known is not None:
+            return module_qualified_name in self._known
+        leaf = type(m) in FOLDABLE or super().is_leaf_module(m, module_qualified_name)
+        if leaf:
+            self.leaves.add(module_qualified_name)
+        return leaf
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         proxy = super().proxy(node)
@@ -147,6 +165,20 @@ def traces(model: nn.Module) -> list[Traced] | str:
             return f"torch.fx cannot trace the model ({traced.failure})"
         found.append(traced)
     return found
+
+
+def changed(model: nn.Module, before: list[Traced]) -> str:
+    """Why an edited model may do something else than it did; empty when it takes the same steps.
+
+    A forward may look at its modules, at the class of one or whether it has a bias.
+    """
+    for traced, defaults in zip(before, (False, True), strict=False):
+        now = Traced(model, defaults, traced.leaves)
+        if now.failure:
+            return f"the folded model does not run ({now.failure})"
+        if now.steps != traced.steps:
+            return "the forward of the folded model takes other steps"
+    return ""
 
 
 def _defaults(model: nn.Module) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -192,6 +192,9 @@ def search(job: Job, report: Report, verify: bool) -> None:
     bisection, dropped and named.
     """
     job.outcome = job.plan()
+    if job.outcome.made and (reason := job.changed()):
+        job.dropped |= dict.fromkeys(job.outcome.made, f"{reason}; give example_inputs")
+        job.outcome = job.plan()
     if not verify:
         return
     while failed := _pairs(job):
@@ -221,6 +224,22 @@ def search(job: Job, report: Report, verify: bool) -> None:
     job.errors = fine | job.errors
     count = f"{check.calls} example input{'' if check.calls == 1 else 's'}"
     report.notes.append(f"whole model in float64 on {count}: largest relative error {worst:.2g}")
+    stored, dtypes = _as_stored(job.outcome)
+    if dtypes:
+        rounded, _ = check(job, stored)
+        report.notes.append(f"of it with the new parameters rounded to {dtypes}: {rounded:.2g}")
+
+
+def _as_stored(outcome: Outcome) -> tuple[Outcome, str]:
+    """The same folds with the float64 parameters rounded as they are stored, and the dtypes of
+    those with 16 bits. A mean that is large beside its deviation makes such a bias large."""
+    sites, dtypes = dict(outcome.sites), set()
+    for module, site in outcome.sites.items():
+        if site.stored is not None:
+            weight, bias = site.stored.weight, site.stored.bias
+            sites[module] = replace(site, exact=Folded(weight.double(), bias.double()))
+            dtypes.add(str(weight.dtype).removeprefix("torch."))
+    return replace(outcome, sites=sites), " and ".join(sorted(dtypes & {"bfloat16", "float16"}))
 
 
 def _pairs(job: Job) -> dict[str, str]:
