@@ -107,7 +107,7 @@ def _tree(
     module: nn.Module, code: Code, inline: list[nn.Module]
 ) -> tuple[tuple[nn.Module, tuple[Any, ...]], ...]:
     """The containers on the way to every module that is called, with their children."""
-    found = dict.fromkeys((module, *inline))
+    found = dict.fromkeys((module, *inline, *code.parents))
     for graph in {id(g): g for g in code.graphs.values()}.values():
         for node in graph.nodes:
             if node.op in ("call_module", "get_attr"):

@@ -182,6 +182,11 @@ class FusedForward:
                 return self.run(*tensors)
         return type(self.module).forward(self.module, *args, **kwargs)
 
+    @property
+    def __code__(self) -> Any:
+        """That of the class's forward, for which `torch.export` looks."""
+        return type(self.module).forward.__code__
+
     def run(self, *tensors: Tensor) -> Any:
         """The fused code, unchecked."""
         return self._code[self.module.training](self.module, *tensors)
@@ -243,6 +248,6 @@ def holds(forward: FusedForward) -> bool:
 
 def _same(module: Any, name: str, value: Any) -> bool:
     try:
-        return is_still(getattr(module, name), value)
+        return is_still(module, name, value)
     except (AttributeError, Unwatched):
         return False

@@ -13,12 +13,10 @@ import gc
 import inspect
 import itertools
 import operator
-import random
-import sys
 import traceback
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
 
@@ -29,9 +27,13 @@ from torch.utils._pytree import tree_leaves
 
 from tritonnorm.flow.guard import quiet_run
 from tritonnorm.fusing.arguments import Arguments, Refused
+from tritonnorm.fusing.restoring import Before, dice
 from tritonnorm.fusing.watch import Spies, Unwatched
 
 _CONTAINERS = (dict, list, tuple, torch.Size)
+_MODES = ("is_grad_enabled", "is_autocast_enabled", "is_inference_mode_enabled")
+# As they are, whatever stands in their place during a trace.
+_grad_enabled, _autocast_enabled, _inference_enabled = (getattr(torch, name) for name in _MODES)
 # What code may ask of a parameter without its choice going stale.
 _CONSTANT = frozenset({"shape", "size", "dim", "ndim", "numel"})
 
@@ -43,10 +45,12 @@ class Code:
     Attributes:
         graphs: by `module.training`; the same graph twice where the mode makes no difference.
         reads: attributes that the code reads, as (object, name, frozen value); the mode apart.
+        parents: modules with children that the code reads.
     """
 
     graphs: dict[bool, fx.Graph]
     reads: list[tuple[Any, str, Any]]
+    parents: list[nn.Module]
 
 
 def trace(module: nn.Module, arguments: Arguments, inline: list[nn.Module]) -> Code:
@@ -72,19 +76,56 @@ def _traced(
     helpers: list[Callable[..., Any]],
 ) -> Code:
     walked = [module, *inline]
-    reads: dict[tuple[int, str], tuple[Any, str, Any]] = {}
+    seen = _Seen()
     graphs = {
-        mode: _trace(module, arguments, walked, helpers, reads, training=mode, on=mode)
+        mode: _trace(module, arguments, walked, helpers, seen, training=mode, on=mode)
         for mode in (True, False)
     }
-    if _text(graphs[True]) == _text(graphs[False]):
-        graphs[False] = graphs[True]
-    else:
+    alike = _text(graphs[True]) == _text(graphs[False])
+    if seen.modes or not alike:
         for mode, graph in graphs.items():
-            other = _trace(module, arguments, walked, helpers, reads, training=mode, on=not mode)
+            other = _trace(module, arguments, walked, helpers, seen, training=mode, on=not mode)
             if _text(other) != _text(graph):
                 raise Refused("its code depends on whether gradients or autocast are on")
-    return Code(graphs, [read for key, read in reads.items() if key[1] != "training"])
+    if alike:
+        graphs[False] = graphs[True]
+    reads = []
+    for thing, name, value in seen.reads.values():
+        if name == "training" and isinstance(thing, nn.Module):
+            if not any(thing is m for m in walked):
+                raise Refused("its code looks at the mode of another module")
+        else:
+            reads.append((thing, name, value))
+    return Code(graphs, reads, list(seen.parents))
+
+
+@dataclass
+class _Seen:
+    """What traces saw that the graphs do not show; `modes` if the code asked for one of PyTorch."""
+
+    reads: dict[tuple[int, str], tuple[Any, str, Any]] = field(default_factory=dict)
+    parents: dict[nn.Module, None] = field(default_factory=dict)
+    modes: bool = False
+
+    @contextlib.contextmanager
+    def asked(self) -> Iterator[None]:
+        """Notes whether the code asks whether gradients or autocast are on."""
+        before = {name: getattr(torch, name) for name in _MODES}
+
+        def noting(ask: Callable[..., bool]) -> Callable[..., bool]:
+            def asked(*args: Any) -> bool:
+                self.modes = True
+                return ask(*args)
+
+            return asked
+
+        try:
+            for name, ask in before.items():
+                setattr(torch, name, noting(ask))
+            yield
+        finally:
+            for name, ask in before.items():
+                setattr(torch, name, ask)
 
 
 def _text(graph: fx.Graph) -> list[str]:
@@ -96,26 +137,26 @@ def _trace(
     arguments: Arguments,
     walked: list[nn.Module],
     helpers: list[Callable[..., Any]],
-    reads: dict[tuple[int, str], tuple[Any, str, Any]],
+    seen: _Seen,
     training: bool,
     on: bool,
 ) -> fx.Graph:
-    before = [{**m.__dict__} for m in walked]
-    lists = [{k: list(v) for k, v in d.items() if type(v) in (list, dict, set)} for d in before]
     modes = [m.training for m in walked]
-    dice = _dice()
+    thrown = dice()
     tracer = _Tracer(walked, arguments, helpers)
+    for m in walked:
+        m.__dict__["training"] = training
+    before = [Before(m) for m in module.modules()]
     try:
-        for m in walked:
-            m.__dict__["training"] = training
         with quiet_run(), torch.set_grad_enabled(on), contextlib.ExitStack() as stack:
             stack.enter_context(_autocast(on))
             tracer.base = tracer.surroundings()
-            spies = stack.enter_context(Spies(reads))
+            spies = stack.enter_context(Spies(seen.reads, seen.parents))
             for m in walked:
                 if not spies.watch(m):
                     raise Refused("its class cannot be watched")
             stack.enter_context(_RealOperations())
+            stack.enter_context(seen.asked())
             graph = tracer.trace(module)
     except (Refused, Unwatched) as known:
         raise Refused(str(known)) from None
@@ -125,31 +166,18 @@ def _trace(
         refusal.helper = _helper(error, walked)
         raise refusal from None
     finally:
+        changed = {old.put_back() for old in before}
         for m, mode in zip(walked, modes, strict=True):
             m.__dict__["training"] = mode
-        changed = [_put_back(m, old) for m, old in zip(walked, before, strict=True)]
-    if any(changed):
-        raise Refused("its code sets attributes")
-    for m, kept in zip(walked, lists, strict=True):
-        if any(list(m.__dict__[name]) != values for name, values in kept.items()):
-            raise Refused("its code changes a list or dictionary")
-    if _dice() != dice:
+    if changed != {""}:
+        raise Refused(max(changed))
+    if dice() != thrown:
         raise Refused("its code draws random numbers")
     if any(proxy() is not None for proxy in tracer.alive):
         gc.collect(1)  # unpacking a value leaves cycles, which are young
     if any(proxy() is not None for proxy in tracer.alive):
         raise Refused("its code keeps a value beyond the call")
     return graph
-
-
-def _dice() -> tuple[Any, ...]:
-    """The state of the generators of Python and NumPy; torch's are seen by `_RealOperations`."""
-    numpy = sys.modules.get("numpy")
-    states = [random.getstate()]
-    if numpy is not None:
-        kind, keys, *rest = numpy.random.get_state()
-        states.append((kind, keys.tobytes(), *rest))
-    return tuple(states)
 
 
 @contextlib.contextmanager
@@ -177,16 +205,6 @@ def _helper(error: Exception, walked: list[nn.Module]) -> Callable[..., Any] | N
     return None
 
 
-def _put_back(module: nn.Module, before: dict[str, Any]) -> bool:
-    """Undo rebound attributes; whether there were any."""
-    now = module.__dict__
-    same = now.keys() == before.keys() and all(now[k] is before[k] for k in before)
-    if not same:
-        now.clear()
-        now.update(before)
-    return not same
-
-
 class _Proxy(fx.Proxy):
     """A value; unlike torch.fx's, its graph shows additions and products in place as such."""
 
@@ -206,7 +224,12 @@ class _Proxy(fx.Proxy):
 
 
 class _Value(_Proxy):
-    """A value that is a tensor, also for `isinstance`."""
+    """A value that is a tensor, also for `isinstance` and `hasattr`."""
+
+    def __getattr__(self, name: str) -> Any:
+        if not hasattr(Tensor, name):
+            raise AttributeError(f"'Tensor' object has no attribute '{name}'")
+        return super().__getattr__(name)
 
     @property
     def __class__(self) -> Any:
@@ -237,8 +260,8 @@ class _Tracer(fx.Tracer):
     def surroundings() -> tuple[Any, ...]:
         """Modes of PyTorch that a `with` in the code could have changed."""
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-        autocast = tuple(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
-        return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, hooks is None
+        autocast = tuple(_autocast_enabled(kind) for kind in ("cpu", "cuda"))
+        return _grad_enabled(), _inference_enabled(), autocast, hooks is None
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if self.base is not None and self.surroundings() != self.base:
