@@ -15,6 +15,7 @@ from torch import Tensor
 import tritonnorm
 from tests import matrix
 from tritonnorm import nn
+from tritonnorm.activation import ACTIVATIONS
 
 PAIRS = [
     (nn.BatchNorm1d, torch.nn.BatchNorm1d, (4, 5, 6)),
@@ -265,14 +266,15 @@ def test_a_trace_holds_nothing_of_the_checks() -> None:
     assert kinds == ["placeholder", "get_attr", "call_function", "output"]
 
 
-def test_fx_trace() -> None:
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_fx_trace(activation: str) -> None:
     """A traced graph holds PyTorch's own operations, and computes the same."""
 
     class Net(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.conv = torch.nn.Conv2d(3, 5, 3)
-            self.bn = nn.BatchNorm2d(5, activation="relu")
+            self.bn = nn.BatchNorm2d(5, activation=activation)
 
         def forward(self, x: Tensor) -> Tensor:
             return self.bn(self.conv(x))

@@ -31,13 +31,11 @@ class BatchNormFunction(torch.autograd.Function):
         running_mean: Tensor | None,
         running_var: Tensor | None,
         counter: Tensor | None,
-        batch_statistics: bool,
-        momentum: float | None,
-        eps: float,
-        activation: str,
-        activation_args: tuple[float, ...],
         slope: Tensor | None,
+        options: tuple[bool, float | None, float, str, tuple[float, ...]],
     ) -> Tensor:
+        # In one argument: each costs the host some 0.2 microseconds.
+        batch_statistics, momentum, eps, activation, activation_args = options
         learned = () if slope is None else (slope,)
         save_mask = residual is not None and activity(activation) == "two_valued"
         if batch_statistics:
@@ -65,7 +63,7 @@ class BatchNormFunction(torch.autograd.Function):
             ctx.needs_input_grad[1],
             weight is not None and ctx.needs_input_grad[2],
             bias is not None and ctx.needs_input_grad[3],
-            *([ctx.needs_input_grad[12]] if learned else []),
+            *([ctx.needs_input_grad[7]] if learned else []),
         ]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             found = _differentiable_backward(ctx, grads[0], needs)
@@ -75,7 +73,7 @@ class BatchNormFunction(torch.autograd.Function):
                 batch_statistics, activation, activation_args, needs, *learned,
             )  # fmt: skip
         gradients = [g if needed else None for g, needed in zip(found, needs, strict=False)]
-        return (*gradients[:4], *(None,) * 8, gradients[4] if learned else None)
+        return (*gradients[:4], *(None,) * 3, gradients[4] if learned else None, None)
 
 
 _apply = super(torch.autograd.Function, BatchNormFunction).apply
@@ -86,6 +84,7 @@ def _differentiable_backward(
 ) -> tuple[Tensor | None, ...]:
     """The backward as PyTorch operations, so that it has derivatives itself."""
     x, residual, mask, weight, bias, mean, rstd, *learned = ctx.saved_tensors
+    x, weight, bias = reference.apart(x, weight, bias)
     batch_statistics, eps, activation, activation_args = ctx.options
     wide = torch.promote_types(x.dtype, mean.dtype)
     x_, dy_ = x.to(wide), dy.to(wide)
@@ -138,8 +137,8 @@ def batch_norm(
         # Without torch.func, which `functional` keeps away, the method in C is all of `apply`.
         apply = BatchNormFunction.apply if torch.compiler.is_compiling() else _apply
         return apply(
-            x, residual, weight, bias, running_mean, running_var, counter,
-            batch_statistics, momentum, eps, activation, activation_args, slope,
+            x, residual, weight, bias, running_mean, running_var, counter, slope,
+            (batch_statistics, momentum, eps, activation, activation_args),
         )  # fmt: skip
     learned = () if slope is None else (slope,)
     if batch_statistics:

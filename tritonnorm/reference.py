@@ -176,6 +176,12 @@ def through_activation(
     return torch.where(opened, dy * through, dy * shut)
 
 
+def apart(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """Aliases of saved tensors, to differentiate by: a gradient by one of them goes no way around
+    through what another of them was computed from, as where a norm is used twice."""
+    return tuple(None if t is None else t.view_as(t) for t in tensors)
+
+
 def leaf_gradients(
     y: Tensor, leaves: Sequence[Any], needs: Sequence[bool], dy: Tensor
 ) -> tuple[Tensor | None, ...]:

@@ -280,6 +280,7 @@ def _differentiable_backward(
 ) -> tuple[Tensor | None, ...]:
     """The backward as PyTorch operations, so that it has derivatives itself."""
     x, keep, weight, bias, mean, rstd, *_ = ctx.saved_tensors
+    x, weight, bias = reference.apart(x, weight, bias)
     batch_statistics, eps, activation, args = ctx.options
     wide = torch.promote_types(x.dtype, mean.dtype)
     x_, here = x.to(wide), keep != 0

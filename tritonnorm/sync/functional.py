@@ -277,6 +277,7 @@ def _differentiable_backward(
 ) -> tuple[Tensor | None, ...]:
     """The backward as PyTorch operations and collectives that have derivatives themselves."""
     x, residual, mask, weight, bias, mean, _, merged = ctx.saved_tensors
+    x, weight, bias = reference.apart(x, weight, bias)
     eps, activation, activation_args, _, _, group = ctx.options
     count = merged[0].clamp(min=1)
     x_, dy_ = (t.to(mean.dtype) for t in (x, dy))
