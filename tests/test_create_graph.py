@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import tritonnorm
+from tritonnorm.sequences.masked import masked_batch_norm
 
 
 @pytest.mark.parametrize(
@@ -52,3 +54,29 @@ def test_gradients_of_a_residual_that_is_the_input(make: Any, activation: str) -
         for create in (False, True)
     )
     torch.testing.assert_close(again, first)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: tritonnorm.BatchNorm2d(4, activation="relu"),
+        lambda: tritonnorm.GroupNorm(2, 4, activation="silu"),
+        lambda: tritonnorm.LayerNorm(3),
+        lambda: (
+            lambda x: masked_batch_norm(
+                x.flatten(2), None, None, training=True, lengths=torch.tensor([9, 4])
+            )
+        ),
+    ],
+    ids=["batch", "group", "layer", "masked"],
+)
+def test_gradients_through_a_checkpoint(make: Any) -> None:
+    """What it saved can be unpacked once."""
+    module = make()
+    x = torch.randn(2, 4, 3, 3, requires_grad=True)
+    found = []
+    for inside in (False, True):
+        y = checkpoint(module, x, use_reentrant=False) if inside else module(x)
+        (first,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+        found.append((first, *torch.autograd.grad(first.square().sum(), x)))
+    torch.testing.assert_close(*found)

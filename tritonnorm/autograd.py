@@ -56,7 +56,8 @@ class BatchNormFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, residual, mask, weight, bias, mean, rstd, *learned = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: a checkpoint lets a tensor be unpacked once
+        x, residual, mask, weight, bias, mean, rstd, *learned = saved
         batch_statistics, _, activation, activation_args = ctx.options
         needs = [
             ctx.needs_input_grad[0],
@@ -66,7 +67,7 @@ class BatchNormFunction(torch.autograd.Function):
             *([ctx.needs_input_grad[7]] if learned else []),
         ]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            found = _differentiable_backward(ctx, grads[0], needs)
+            found = _differentiable_backward(saved, ctx.options, grads[0], needs)
         else:
             found = ops.backward(
                 grads[0], x, residual, mask, weight, bias, mean, rstd,
@@ -80,12 +81,12 @@ _apply = super(torch.autograd.Function, BatchNormFunction).apply
 
 
 def _differentiable_backward(
-    ctx: Any, dy: Tensor, needs: Sequence[bool]
+    saved: Sequence[Any], options: tuple[Any, ...], dy: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """The backward as PyTorch operations, so that it has derivatives itself."""
-    x, residual, mask, weight, bias, mean, rstd, *learned = ctx.saved_tensors
+    x, residual, mask, weight, bias, mean, rstd, *learned = saved
     x, weight, bias = reference.apart(x, weight, bias)
-    batch_statistics, eps, activation, activation_args = ctx.options
+    batch_statistics, eps, activation, activation_args = options
     wide = torch.promote_types(x.dtype, mean.dtype)
     x_, dy_ = x.to(wide), dy.to(wide)
     z, w, b = (None if t is None else t.to(wide) for t in (residual, weight, bias))

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.overrides import has_torch_function
+from torch.utils._device import DeviceContext
 
 from . import settings
 from .device import is_simulated
@@ -139,9 +141,24 @@ def check_batch_norm(
         check_residual(residual, input)
 
 
+def has_override(arguments: Sequence[Any]) -> bool:
+    """`torch.overrides.has_torch_function`, for which a default device is nothing: only functions
+    that make tensors ask for it."""
+    if not has_torch_function(arguments):
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    modes = torch.overrides._get_current_function_mode_stack()
+    if not modes or any(mode.__class__ is not DeviceContext for mode in modes):
+        return True
+    plain = torch._C._disabled_torch_function_impl
+    kinds = {type(a) for a in arguments if hasattr(type(a), "__torch_function__")}
+    return any(kind.__torch_function__ is not plain for kind in kinds - {Tensor})
+
+
 def overridden(tensors: tuple[Tensor | None, ...]) -> str | None:
     """A reason to hand the whole call to PyTorch unseen, or None."""
-    if has_torch_function(tensors):
+    if has_override(tensors):
         return "an argument overrides torch functions (a tracer or a tensor subclass)"
     if torch.jit.is_tracing() or torch.jit.is_scripting():
         return "torch.jit is tracing"
@@ -162,8 +179,15 @@ def surroundings(input: Tensor) -> str | None:
         return f"input is on {input.device.type}, and Triton's interpreter is off"
     if is_exporting():
         return "the graph is being exported"
+    return transformed()
+
+
+def transformed() -> str | None:
+    """What computes more around a call than its values and their gradients, or None."""
     if torch._C._are_functorch_transforms_active():  # the one such query that dynamo understands
         return "a torch.func transform is active"
+    if forward_ad._current_level >= 0:
+        return "torch.autograd.forward_ad is active"
     return None
 
 

@@ -7,12 +7,12 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import has_torch_function
 
 from . import activation as activations
 from . import folding
 from . import nn as ours
 from .activated import torch_class
+from .conditions import has_override, transformed
 from .folding import Folded, Source
 from .settings import logger
 
@@ -148,11 +148,11 @@ class Joined(nn.Module):
         """The weight and bias that need no batch norm after them, or None to run both modules."""
         if bn.training or not self.is_plain():
             return None
-        if has_torch_function((input, residual)) or input.dim() != folding.dimensions(layer):
+        if has_override((input, residual)) or input.dim() != folding.dimensions(layer):
             return None
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return None  # the graph outlives the values of the parameters
-        if torch._C._are_functorch_transforms_active():
+        if transformed() is not None:
             return None
         p, q, buffers = layer._parameters, bn._parameters, bn._buffers
         tensors = (

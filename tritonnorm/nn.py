@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import has_torch_function
 
 from . import functional
 from .activated import Activated, named
 from .activation import of_module, resolve
+from .conditions import has_override
 
 # torch >= 2.13 builds a batch norm with a weight and no bias.
 _HAS_BIAS_ARGUMENT = "bias" in inspect.signature(torch.nn.BatchNorm2d).parameters
@@ -73,7 +73,7 @@ class _FusedBatchNorm(Activated, torch.nn.modules.batchnorm._BatchNorm):
         slope: Tensor | None = None,
     ) -> Tensor:
         """`forward` with an activation that is given, not that of the module."""
-        if not has_torch_function((input,)):
+        if not has_override((input,)):
             self._check_input_dim(input)
         training = self.training
         track = training and self.track_running_stats

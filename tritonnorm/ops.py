@@ -281,16 +281,20 @@ def unwatched(*tensors: Tensor | None) -> bool:
     """Whether nothing looks at operators now, so that calling their code directly is the same.
 
     The dispatcher's way to an operator in Python costs some 15 microseconds. A compiler, a mode, a
-    profiler or a subclass of Tensor sees operators only there.
+    profiler or a subclass of Tensor sees operators only there; and there a tensor with the negative
+    bit, as the imaginary part of a conjugate, gets its values.
     """
     if torch.compiler.is_compiling():
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._autograd._profiler_enabled():
         return False
-    return _PLAIN.issuperset(map(type, tensors))
+    for t in tensors:  # noqa: SIM110 - a generator takes twice as long
+        if t is not None and (t.__class__ not in _PLAIN or t.is_neg()):
+            return False
+    return True
 
 
-_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
+_PLAIN = {Tensor, torch.nn.Parameter}
 
 
 def training(*args: Any) -> Outputs:

@@ -17,10 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as _torch_module
-from torch.overrides import has_torch_function
 
 from tritonnorm.activation import apply, resolve
-from tritonnorm.conditions import is_exporting
+from tritonnorm.conditions import has_override, is_exporting
 from tritonnorm.fusing.watch import Unwatched, is_still
 from tritonnorm.nn import _FusedBatchNorm
 from tritonnorm.norms.nn import _Fused
@@ -176,7 +175,7 @@ class FusedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the forward of the class computes."""
-        if not has_torch_function(args) and not is_exporting():
+        if not has_override(args) and not is_exporting():
             tensors = self.tensors(args, kwargs)
             if tensors is not None and holds(self):
                 return self.run(*tensors)

@@ -37,7 +37,8 @@ class GroupNormFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, residual, weight, bias, mean, rstd = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: a checkpoint lets a tensor be unpacked once
+        x, residual, weight, bias, mean, rstd = saved
         groups, centred, _, activation, activation_args, size = ctx.options
         needs = [
             ctx.needs_input_grad[0],
@@ -47,7 +48,7 @@ class GroupNormFunction(torch.autograd.Function):
         ]
         found: Sequence[Tensor | None]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            found = _differentiable_backward(ctx, grads[0], needs)
+            found = _differentiable_backward(saved, ctx.options, grads[0], needs)
         else:
             found = ops.backward(
                 grads[0], x, residual, weight, bias, mean, rstd,
@@ -63,12 +64,12 @@ _apply = super(torch.autograd.Function, GroupNormFunction).apply
 
 
 def _differentiable_backward(
-    ctx: Any, dy: Tensor, needs: Sequence[bool]
+    saved: Sequence[Any], options: tuple[Any, ...], dy: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """The backward as PyTorch operations, so that it has derivatives itself."""
-    x, residual, weight, bias, _, rstd = ctx.saved_tensors
+    x, residual, weight, bias, _, rstd = saved
     x, weight, bias = apart(x, weight, bias)
-    groups, centred, eps, activation, activation_args, size = ctx.options
+    groups, centred, eps, activation, activation_args, size = options
     wide = torch.promote_types(x.dtype, rstd.dtype)
     g, x_ = (t.to(wide).reshape(-1, size) if size else t.to(wide) for t in (dy, x))
     z, w, b = (None if t is None else t.to(wide) for t in (residual, weight, bias))

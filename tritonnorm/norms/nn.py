@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import has_torch_function
 
 from tritonnorm import functional
 from tritonnorm.activated import Activated, named
 from tritonnorm.activation import apply, resolve
+from tritonnorm.conditions import has_override
 
 # torch >= 2.13 builds group and instance norms with a weight and no bias.
 _HAS_BIAS_ARGUMENT = "bias" in inspect.signature(torch.nn.GroupNorm).parameters
@@ -252,7 +252,7 @@ class _InstanceNorm(_Fused, torch.nn.modules.instancenorm._InstanceNorm):
         activation_args: tuple[float, ...],
     ) -> Tensor:
         """`forward` with an activation that is given, not that of the module."""
-        if has_torch_function((input,)):
+        if has_override((input,)):
             return self._normalized(input, residual, activation, activation_args)
         self._check_input_dim(input)
         one = input.dim() == self._get_no_batch_dim()

@@ -256,7 +256,8 @@ class MaskedBatchNormFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, keep, weight, bias, mean, rstd, *count = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: a checkpoint lets a tensor be unpacked once
+        x, keep, weight, bias, mean, rstd, *count = saved
         batch_statistics, _, activation, activation_args = ctx.options
         wants = ctx.needs_input_grad
         needs = [
@@ -265,7 +266,7 @@ class MaskedBatchNormFunction(torch.autograd.Function):
             bias is not None and wants[3],
         ]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            found = _differentiable_backward(ctx, grads[0], needs)
+            found = _differentiable_backward(saved, ctx.options, grads[0], needs)
         else:
             found = torch.ops.tritonnorm.masked_batch_norm_backward.default(
                 grads[0], x, keep, weight, bias, mean, rstd,
@@ -276,12 +277,12 @@ class MaskedBatchNormFunction(torch.autograd.Function):
 
 
 def _differentiable_backward(
-    ctx: Any, dy: Tensor, needs: Sequence[bool]
+    saved: Sequence[Any], options: tuple[Any, ...], dy: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """The backward as PyTorch operations, so that it has derivatives itself."""
-    x, keep, weight, bias, mean, rstd, *_ = ctx.saved_tensors
+    x, keep, weight, bias, mean, rstd, *_ = saved
     x, weight, bias = reference.apart(x, weight, bias)
-    batch_statistics, eps, activation, args = ctx.options
+    batch_statistics, eps, activation, args = options
     wide = torch.promote_types(x.dtype, mean.dtype)
     x_, here = x.to(wide), keep != 0
     var = rstd.square().reciprocal() - eps

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import has_torch_function
 
 from tritonnorm import activation as activations
 from tritonnorm import conditions, reference
@@ -61,7 +60,7 @@ def sync_batch_norm(
     tensors = (input, running_mean, running_var, weight, bias, residual, num_batches_tracked)
     act, args = activations.resolve(activation, activation_args)
     reason: str | None = "an argument overrides torch functions"
-    if not has_torch_function(tensors):
+    if not conditions.has_override(tensors):
         conditions.check_batch_norm(
             *tensors[:5], True, momentum, eps, residual, num_batches_tracked, alone=False,
         )  # fmt: skip
@@ -123,7 +122,7 @@ class SyncFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: a checkpoint lets a tensor be unpacked once
         x, _, _, weight, bias, mean, rstd, merged = saved
         _, *epilogue, kernels, _, group = ctx.options
         needs = [
@@ -134,7 +133,7 @@ class SyncFunction(torch.autograd.Function):
         ]
         found: Sequence[Tensor | None]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            found = _differentiable_backward(ctx, grads[0], needs)
+            found = _differentiable_backward(saved, ctx.options, grads[0], needs)
         elif kernels:
             from . import ops
 
@@ -273,12 +272,12 @@ class _Added(torch.autograd.Function):
 
 
 def _differentiable_backward(
-    ctx: Any, dy: Tensor, needs: Sequence[bool]
+    saved: Sequence[Any], options: tuple[Any, ...], dy: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """The backward as PyTorch operations and collectives that have derivatives themselves."""
-    x, residual, mask, weight, bias, mean, _, merged = ctx.saved_tensors
+    x, residual, mask, weight, bias, mean, _, merged = saved
     x, weight, bias = reference.apart(x, weight, bias)
-    eps, activation, activation_args, _, _, group = ctx.options
+    eps, activation, activation_args, _, _, group = options
     count = merged[0].clamp(min=1)
     x_, dy_ = (t.to(mean.dtype) for t in (x, dy))
     w, b, z = (None if t is None else t.to(mean.dtype) for t in (weight, bias, residual))

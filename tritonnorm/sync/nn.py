@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.overrides import has_torch_function
 
 from tritonnorm import nn as ours
 from tritonnorm.activated import named
+from tritonnorm.conditions import has_override
 from tritonnorm.nn import _HAS_BIAS_ARGUMENT, _FusedBatchNorm
 
 from .functional import sync_batch_norm
@@ -40,7 +40,7 @@ class _Synchronized(_FusedBatchNorm):
         if slope is not None:  # its sum is none of those that the ranks exchange
             y = self.run(input, residual, None, ())
             return F.prelu(y, slope.to(y.dtype))
-        if not has_torch_function((input,)):
+        if not has_override((input,)):
             self._check_input_dim(input)
             if input.shape[1] == 0:
                 raise ValueError("input: expected at least one channel, got 0")
