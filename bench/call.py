@@ -28,7 +28,7 @@ class Call:
             channel and its gradient, or None.
         residual: whether there is one.
         training: statistics of the batch, else the running ones.
-        needs: which gradients are asked for: x, r(esidual), w(eight), b(ias); at least one.
+        needs: which gradients are asked for: x, r(esidual), w(eight), b(ias); "" for inference.
     """
 
     shape: tuple[int, ...]
@@ -83,7 +83,7 @@ class Call:
         if self.activation is not None:
             known = ACTIVATIONS.get(self.activation)  # not prelu
             activity = "two_valued" if known is not None and known.two_valued else "smooth"
-        mask = self.residual and activity == "two_valued"
+        mask = self.residual and activity == "two_valued" and bool(self.needs)
         if direction == "forward":
             return Problem(
                 "forward", self.training, view, self.dtype, activity, self.residual, mask
@@ -92,7 +92,7 @@ class Call:
         return Problem(
             *("backward", self.training, view, self.dtype, activity, reads_residual, mask),
             needs_dx="x" in self.needs,
-            needs_dresidual=self.residual and "r" in self.needs,
+            needs_dresidual=reads_residual and "r" in self.needs,
             needs_dparams="w" in self.needs or "b" in self.needs or self.activation == "prelu",
         )
 
@@ -144,10 +144,12 @@ class Tensors:
     counter: Tensor
     slope: Tensor | None = None
 
-    def with_own_statistics(self) -> Tensors:
-        """The same tensors, but running statistics and counter that nobody else changes."""
+    def with_own_statistics(self, in_place: bool = False) -> Tensors:
+        """The same tensors, but running statistics and counter that nobody else changes; and x, for
+        what works in place."""
         own = (self.running_mean.clone(), self.running_var.clone(), self.counter.clone())
-        return replace(self, running_mean=own[0], running_var=own[1], counter=own[2])
+        x = self.x.detach().clone().requires_grad_(self.x.requires_grad) if in_place else self.x
+        return replace(self, x=x, running_mean=own[0], running_var=own[1], counter=own[2])
 
     @property
     def all(self) -> tuple[Any, ...]:

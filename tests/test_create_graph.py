@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import tritonnorm
+from bench.launches import observe
 from tritonnorm.sequences.masked import masked_batch_norm
 
 
@@ -80,3 +82,16 @@ def test_gradients_through_a_checkpoint(make: Any) -> None:
         (first,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
         found.append((first, *torch.autograd.grad(first.square().sum(), x)))
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("make", [tritonnorm.BatchNorm2d, partial(tritonnorm.GroupNorm, 2)])
+@pytest.mark.parametrize("create", [False, True])
+def test_the_gradient_of_a_residual_that_is_only_added(make: Any, create: bool) -> None:
+    """It is that of the output, and no kernel writes it."""
+    module = make(4).requires_grad_(False)
+    residual = torch.randn(2, 4, 3, 3, requires_grad=True)
+    y = module(torch.randn(2, 4, 3, 3), residual)
+    grad = torch.randn_like(y)
+    with observe() as seen:
+        (found,) = torch.autograd.grad(y, residual, grad, create_graph=create)
+    assert torch.equal(found, grad) and not seen.interpreted

@@ -61,12 +61,15 @@ class BatchNormFunction(torch.autograd.Function):
         batch_statistics, _, activation, activation_args = ctx.options
         needs = [
             ctx.needs_input_grad[0],
-            ctx.needs_input_grad[1],
+            ctx.needs_input_grad[1] and bool(activation),
             weight is not None and ctx.needs_input_grad[2],
             bias is not None and ctx.needs_input_grad[3],
             *([ctx.needs_input_grad[7]] if learned else []),
         ]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        found: Sequence[Tensor | None]
+        if not any(needs):
+            found = (None,) * 5
+        elif torch.is_grad_enabled() and not torch.compiler.is_compiling():
             found = _differentiable_backward(saved, ctx.options, grads[0], needs)
         else:
             found = ops.backward(
@@ -74,6 +77,8 @@ class BatchNormFunction(torch.autograd.Function):
                 batch_statistics, activation, activation_args, needs, *learned,
             )  # fmt: skip
         gradients = [g if needed else None for g, needed in zip(found, needs, strict=False)]
+        if ctx.needs_input_grad[1] and not activation:  # y is the sum of two terms: no kernel
+            gradients[1] = grads[0]
         return (*gradients[:4], *(None,) * 3, gradients[4] if learned else None, None)
 
 

@@ -47,7 +47,9 @@ class GroupNormFunction(torch.autograd.Function):
             bias is not None and ctx.needs_input_grad[3],
         ]
         found: Sequence[Tensor | None]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if not any(needs):
+            found = (None,) * 4
+        elif torch.is_grad_enabled() and not torch.compiler.is_compiling():
             found = _differentiable_backward(saved, ctx.options, grads[0], needs)
         else:
             found = ops.backward(

@@ -125,9 +125,10 @@ class SyncFunction(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: a checkpoint lets a tensor be unpacked once
         x, _, _, weight, bias, mean, rstd, merged = saved
         _, *epilogue, kernels, _, group = ctx.options
+        added = ctx.needs_input_grad[1] and not epilogue[0]  # its gradient is that of y
         needs = [
             ctx.needs_input_grad[0],
-            ctx.needs_input_grad[1],
+            ctx.needs_input_grad[1] and not added,
             weight is not None and ctx.needs_input_grad[2],
             bias is not None and ctx.needs_input_grad[3],
         ]
@@ -157,6 +158,8 @@ class SyncFunction(torch.autograd.Function):
             dweight = None if weight is None else (sums[1] * rstd).to(weight.dtype)
             found = (dx, None, dweight, None if bias is None else sums[0].to(bias.dtype))
         gradients = [g if needed else None for g, needed in zip(found, needs, strict=True)]
+        if added:
+            gradients[1] = grads[0]
         return (*gradients, *(None,) * 10)
 
 
