@@ -122,21 +122,26 @@ class FoldCase:
 class _Ours:
     name = "tritonnorm"
 
-    def setup(self) -> Fold:
+    def setup(self, case: FoldCase) -> Fold:
         return fold_ops.fold
 
 
 class _Eager:
     name = "eager"
 
-    def setup(self) -> Fold:
+    def setup(self, case: FoldCase) -> Fold:
         return folding.differentiable
 
 
 class _Compile:
     name = "compile"
 
-    def setup(self) -> Fold:
+    def setup(self, case: FoldCase) -> Fold:
+        from torch._functorch import config
+
+        # A backward that is called again and again may give none of its saved tensors away.
+        config.donated_buffer = case.mode != "backward"
+        torch._dynamo.reset()  # or the eighth case would silently run eagerly
         compiled = torch.compile(_folded, fullgraph=True, dynamic=False)
 
         def fold(sources: Sequence[Source]) -> Sequence[Folded]:
@@ -182,7 +187,8 @@ class FoldRun:
         if self.case.mode == "forward":
             return self.forward()
         if self.case.mode == "forward+backward":
-            return torch.autograd.grad(self.forward(), self.inputs, self.grads)
+            results = self.forward()  # kept with the gradients: all outputs take turns in memory
+            return results, torch.autograd.grad(results, self.inputs, self.grads)
         if not self.kept:  # on the stream of whoever calls first: the one that is captured
             self.kept.extend(self.forward())
         return torch.autograd.grad(self.kept, self.inputs, self.grads, retain_graph=True)
@@ -245,7 +251,7 @@ def measure(
     measures: dict[str, Callable[[], float]] = {}
     for name in providers:
         try:
-            fold = PROVIDERS[name].setup()
+            fold = PROVIDERS[name].setup(case)
             turns = [FoldRun(name, case, fold, sources, grads) for sources, grads in sets]
             errors[name] = check(turns[0])
             measures[name] = machine.clock.prepare(turns)

@@ -56,14 +56,19 @@ class _BatchNormOperators(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def observe() -> Iterator[Launches]:
-    """Count kernel launches, and calls of PyTorch's batch norm operators, while the block runs."""
+def observe(operators: bool = True) -> Iterator[Launches]:
+    """Count kernel launches, and calls of PyTorch's batch norm operators, while the block runs.
+
+    Without ``operators`` nothing is counted of PyTorch: that takes a mode, in which `torch.compile`
+    does nothing.
+    """
     found = Launches()
     with contextlib.ExitStack() as stack:
         if importlib.util.find_spec("triton") is not None:
             stack.enter_context(_interpreted(found.interpreted))
             stack.enter_context(_compiled(found.compiled))
-        stack.enter_context(_BatchNormOperators(found.torch))
+        if operators:
+            stack.enter_context(_BatchNormOperators(found.torch))
         yield found
 
 

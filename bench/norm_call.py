@@ -6,7 +6,7 @@ It answers to what `bench.call.Call` answers to, so that the audits and the runn
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -146,9 +146,18 @@ class NormTensors:
     weight: Tensor
     bias: Tensor | None
 
-    def with_own_statistics(self) -> NormTensors:
-        """The same: these norms have no running statistics."""
+    def with_own_statistics(self, in_place: bool = False) -> NormTensors:
+        """The same: these norms have no running statistics, and none works in place."""
         return self
+
+    def in_one_dtype(self) -> NormTensors:
+        """With parameters in the dtype of x, the only one that some of PyTorch's kernels take."""
+        w, b = (
+            None if t is None else t.detach().to(self.x.dtype).requires_grad_(t.requires_grad)
+            for t in (self.weight, self.bias)
+        )
+        assert w is not None
+        return replace(self, weight=w, bias=b)
 
     @property
     def all(self) -> tuple[Any, ...]:
@@ -189,11 +198,8 @@ def normed(
 def operators(
     call: NormCall, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """The norm, the addition and the activation in PyTorch's operators. Parameters are cast, as
-    autocast would, for kernels that take one dtype only."""
-    w, b = (None if t is None else t.to(x.dtype) for t in (weight, bias))
-    assert w is not None
-    y = normed(F, call, x, w, b)
+    """The norm, the addition and the activation in PyTorch's operators."""
+    y = normed(F, call, x, weight, bias)
     if residual is not None:
         y = y + residual
     return ACTIVATIONS[call.activation].function(y) if call.activation else y

@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 
 from bench.call import Tensors
 from bench.check import check
+from bench.launches import observe
 from bench.machine import Machine
 from bench.processes import one_line
 from bench.providers import Provider
 from bench.providers.base import Forward
+from bench.record.file import implausible
 from bench.record.rows import NOISY, OpRow, SkippedRow
 from bench.suites import Case
 from tritonnorm.timing import Quiet, Timing, in_turn
@@ -67,7 +69,9 @@ class Run:
                 return self.forward(self.tensors)
             if self.case.mode == "forward+backward":
                 y = self.forward(self.tensors)
-                return torch.autograd.grad(y, self.tensors.inputs, self.tensors.dy)
+                # With y, as all outputs must take turns in memory: one that is written again before
+                # it left the cache costs no DRAM.
+                return y, torch.autograd.grad(y, self.tensors.inputs, self.tensors.dy)
             if not self.kept:  # on the stream of whoever calls first: the one that is captured
                 self.kept.append(self.forward(self.tensors))
             return self.tensors.backward(self.kept[0])
@@ -99,7 +103,7 @@ def measure(
         return [], [SkippedRow(provider.name, str(case), reason) for provider in providers]
     generator = torch.Generator(machine.device).manual_seed(options.seed)
     sets: list[Any] = [
-        case.call.tensors(machine.device, generator) for _ in range(_sets(case, machine, options))
+        case.tensors(machine.device, generator) for _ in range(_sets(case, machine, options))
     ]
     skipped: list[SkippedRow] = []
     ready: dict[str, _Ready] = {}
@@ -113,7 +117,13 @@ def measure(
                 skipped.append(SkippedRow(provider.name, str(case), found))
             else:
                 ready[provider.name] = found
-        rows = _timed(case, ready, len(sets), machine, roofs, options) if ready else []
+        rows = []
+        for row in _timed(case, ready, len(sets), machine, roofs, options) if ready else ():
+            # One such row must not cost the others: a results file that has it is refused.
+            if (doubt := implausible(asdict(row), roofs[0])) is not None:
+                skipped.append(SkippedRow(row.provider, str(case), doubt))
+            else:
+                rows.append(row)
     finally:
         if "torch._dynamo" in sys.modules:  # or the eighth shape would silently run eagerly
             torch._dynamo.reset()
@@ -131,8 +141,14 @@ class _Ready:
 
 def _ready(case: Case, provider: Provider, sets: Sequence[Tensors], machine: Machine) -> _Ready:
     forward = provider.setup(case)
-    error = check(case, provider, forward, sets[0])
-    runs = [Run(provider, case, forward, tensors.with_own_statistics()) for tensors in sets]
+    with observe(operators=False) as seen:
+        error = check(case, provider, forward, sets[0])
+    if provider.kernels and not seen.compiled and not seen.interpreted:
+        raise RuntimeError("none of its kernels ran: TRITONNORM_LOG=info tells why")
+    runs = [
+        Run(provider, case, forward, tensors.with_own_statistics(provider.in_place))
+        for tensors in sets
+    ]
     return _Ready(runs[0], error, machine.clock.prepare(runs))
 
 
@@ -160,7 +176,8 @@ def _timed(
         run = ready[name].run
         host = machine.host_seconds(run) if options.host else None
         peak = machine.peak_bytes(run) if options.host else None
-        gb_s = case.bytes / timing.median * 1e-9
+        fewest = case.bytes_past(machine.facts.l2_bytes)
+        gb_s = fewest / timing.median * 1e-9
         of_peak, of_copy = (None if roof is None else 100.0 * gb_s / roof for roof in roofs)
         row = OpRow(
             *(case.call.op, case.mode, case.call.layout, case.call.type, case.call.size, name),
@@ -170,7 +187,7 @@ def _timed(
             p80_us=timing.p80 * 1e6,
             noise=timing.noise,
             samples=timing.rounds,
-            bytes=case.bytes,
+            bytes=fewest,
             gb_s=gb_s,
             peak_percent=of_peak,
             copy_percent=of_copy,

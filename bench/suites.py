@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from bench.call import Call
 from bench.layers import NETWORKS, Layer
-from bench.norm_call import NormCall
+from bench.norm_call import NormCall, NormTensors
 from bench.norm_suite import NORM_MODES, norm_calls
 from tritonnorm.activation import ACTIVATIONS
 from tritonnorm.plan import fewest_bytes
@@ -35,20 +36,30 @@ class Case:
     call: Call | NormCall
     mode: str
 
-    @property
-    def bytes(self) -> int:
-        """The fewest bytes it moves through DRAM (`fewest_bytes`)."""
+    def bytes_past(self, cache: int) -> int:
+        """The fewest bytes it moves through DRAM (`fewest_bytes`), past a cache of so many.
+
+        What the forward leaves in the cache the backward need not read again.
+        """
         forward = fewest_bytes(self.call.problem("forward"))
         if self.mode in ("forward", "inference"):
             return forward
-        backward = fewest_bytes(self.call.problem("backward"))
-        return backward if self.mode == "backward" else forward + backward
+        problem = self.call.problem("backward")
+        backward = fewest_bytes(problem)
+        if self.mode == "backward":
+            return backward
+        others = 1 + problem.needs_dx + problem.needs_dresidual  # dy, and what it writes
+        return forward + backward - min(backward - others * problem.bytes, cache)
+
+    def tensors(self, device: str | torch.device, generator: torch.Generator) -> Any:
+        """Its tensors. A model in 16 bits has the parameters of its other norms in 16 bits."""
+        made = self.call.tensors(device, generator)
+        return made.in_one_dtype() if isinstance(made, NormTensors) else made
 
     @property
     def footprint(self) -> int:
-        """Bytes of the tensors that a call reads or writes."""
-        whole = self.call.problem("forward").bytes
-        return whole * (4 + 3 * self.call.residual)  # x, dy, y, dx, and residual with its gradient
+        """Bytes of the tensors that a call reads or writes, each once."""
+        return self.bytes_past(1 << 60)
 
     def __str__(self) -> str:
         c = self.call
@@ -136,7 +147,8 @@ def cases(
                     call = Call(shape, layout == "NHWC", DTYPES[dtype], activation, residual)
                     for mode in modes:
                         training = mode != "inference"
-                        found[Case(replace(call, training=training), mode)] = None
+                        needs = call.needs if training else ""
+                        found[Case(replace(call, training=training, needs=needs), mode)] = None
     return list(found)
 
 

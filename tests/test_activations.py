@@ -117,6 +117,8 @@ def check_activation(
         if name == "relu6" and what == "gradient":  # PyTorch's own kernels disagree at NaN: dy or 0
             theirs = torch.where(v.isnan(), dy, theirs)
             value = torch.where(v.isnan(), dy.double(), value)
+        # oneDNN's gelu of infinity is NaN on CPUs with AVX-512.
+        theirs = torch.where(theirs.isnan() & (mine == value.to(dtype)), mine, theirs)
         odd = ~theirs.isfinite()
         same = (mine == theirs) | (mine.isnan() & theirs.isnan())
         assert same[odd].all(), (

@@ -128,6 +128,7 @@ class FakeCuda:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now, self.stream, self.capturing, self.log = 0.0, "default", None, []
+        self.order: list[str] = []  # of what was handed to the GPU
         fake = self
 
         class Stream:
@@ -140,6 +141,7 @@ class FakeCuda:
 
             def record(self) -> None:
                 self.at = fake.now
+                fake.order.append("event")
 
             def synchronize(self) -> None:
                 fake.now += 0.0
@@ -152,6 +154,7 @@ class FakeCuda:
                 self.calls: list[Callable[[], float]] = []
 
             def replay(self) -> None:
+                fake.order.append("graph")
                 for seconds in self.calls:
                     fake.now += seconds
 
@@ -174,8 +177,12 @@ class FakeCuda:
             "graph": lambda graph, stream: On(stream, graph),
             "current_stream": Stream,
             "synchronize": lambda: None,
+            "_sleep": self.sleep,
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
+
+    def sleep(self, cycles: int) -> None:
+        self.order.append("sleep")
 
     def call(self, name: str, seconds: float) -> Callable[[], str]:
         def run() -> str:
@@ -192,6 +199,8 @@ def test_the_gpu_clock_measures_a_graph_of_all_calls(monkeypatch: pytest.MonkeyP
     calls = [cuda.call("a", 300e-6), cuda.call("b", 100e-6)]
     measure = GpuClock(warm_up_seconds=0.0).prepare(calls)
     assert measure() == pytest.approx(200e-6)
+    # Asleep while the graph is handed over, so that no host is between the events.
+    assert cuda.order[-4:] == ["sleep", "event", "graph", "event"]
     eager = [name for name, _, captured in cuda.log if not captured]
     assert eager == ["a", "b"] * 3  # the warm-up
     assert [name for name, _, captured in cuda.log if captured] == ["a", "b"]  # 400 us: enough

@@ -27,11 +27,15 @@ class Provider(ABC):
         name: what ``--providers`` and the results call it.
         what: one line for people.
         norms: whether it computes group, layer, instance and RMS norms too.
+        kernels: whether it is these kernels or nothing: Triton must be seen to launch one.
+        in_place: whether its output overwrites the input.
     """
 
     name: str
     what: str
-    norms = False  # whether it has other norms than batch norm
+    norms = False
+    kernels = False
+    in_place = False
 
     def absent(self) -> str | None:
         """Why it cannot run here at all, or None."""

@@ -19,6 +19,7 @@ class Ours(Provider):
     name = "tritonnorm"
     what = "this library"
     norms = True
+    kernels = True
 
     def setup(self, case: Case) -> Forward:
         def forward(t: Tensors) -> Tensor:

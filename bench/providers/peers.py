@@ -122,6 +122,7 @@ class InPlaceABN(Provider):
 
     name = "inplace_abn"
     what = "inplace_abn, CUDA: the output overwrites the input; forward only"
+    in_place = True
     activations = (None, "leaky_relu", "elu")
 
     def absent(self) -> str | None:

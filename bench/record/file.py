@@ -159,7 +159,7 @@ def _check_figures(content: Any, where: str) -> None:
     roof = max(roofs, default=None)
     for table in ("ops", "folds", "models", "host"):
         for i, row in enumerate(content.get(table, [])):
-            problem = _unordered(row) or (_implausible(row, roof) if "gb_s" in row else None)
+            problem = _unordered(row) or (implausible(row, roof) if "gb_s" in row else None)
             if problem is not None:
                 raise ValueError(f"{where}: {table}/{i}: {problem}")
 
@@ -175,7 +175,7 @@ def _unordered(row: dict[str, Any]) -> str | None:
     return None if p20 <= p50 <= p80 else f"p20, p50, p80 are not in order: {p20}, {p50}, {p80}"
 
 
-def _implausible(row: dict[str, Any], roof: float | None) -> str | None:
+def implausible(row: dict[str, Any], roof: float | None) -> str | None:
     """What of an operation cannot be; ``roof`` is the theoretical one in 1e9 bytes a second."""
     rate = row["bytes"] / row["p50_us"] * 1e-3
     if abs(rate - row["gb_s"]) > 0.01 * rate:

@@ -45,7 +45,7 @@ class OpRow:
         p50_us, p20_us, p80_us: median and quantiles of the samples, microseconds a call.
         noise: standard deviation of the samples over their mean.
         samples: how many.
-        bytes: the fewest bytes of the operation, `minimum_bytes`, whoever runs it.
+        bytes: the fewest bytes of the operation, `Case.bytes_past` the cache, whoever runs it.
         gb_s: bytes over p50, in 1e9 bytes a second.
         peak_percent: of the theoretical bandwidth.
         copy_percent: of the bandwidth of a plain copy in the same run.

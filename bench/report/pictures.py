@@ -302,13 +302,18 @@ def _common(rows: Iterable[OpRow]) -> str:
     return ", ".join("/".join(v) for v in values if v)
 
 
+def _extents(row: OpRow) -> list[int]:
+    """Of the shape, without the groups that follow it: ``32x320x64x64/32``."""
+    return [int(extent) for extent in row.shape.split("/")[0].split("x")]
+
+
 def _channels(row: OpRow) -> int:
-    return int(row.shape.split("x")[1])
+    return _extents(row)[-1 if row.layout == "rows" else 1]  # of layer norm the last extent
 
 
 def _positions(row: OpRow) -> int:
     """Elements of a channel: N*H*W."""
-    return math.prod(map(int, row.shape.split("x"))) // _channels(row)
+    return math.prod(_extents(row)) // _channels(row)
 
 
 def _split(row: ModelRow) -> dict[str, float]:

@@ -43,7 +43,9 @@ class SimulatedClock:
         run = calls[0]
         if isinstance(run, Run | FoldRun):
             name = run.name if isinstance(run, FoldRun) else run.provider.name
-            seconds = 2e-6 + run.case.bytes / (COPY * self.shares.get(name, 0.5))
+            case = run.case
+            fewest = case.bytes if isinstance(run, FoldRun) else case.bytes_past(FACTS.l2_bytes)
+            seconds = 2e-6 + fewest / (COPY * self.shares.get(name, 0.5))
         else:
             seconds = 2 * (1 << 20) / COPY  # a roof
         return lambda: seconds * max(0.1, draw.gauss(1.0, self.noise))

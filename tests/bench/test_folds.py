@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from dataclasses import replace
 from pathlib import Path
@@ -72,7 +73,7 @@ def test_a_wrong_fold_is_not_timed(wrong: str, said: str, monkeypatch: pytest.Mo
     class Wrong:
         name = "wrong"
 
-        def setup(self) -> folds.Fold:
+        def setup(self, case: FoldCase) -> folds.Fold:
             return fold
 
     def fold(sources: list[Source]) -> list[Folded]:
@@ -143,3 +144,12 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_names_are_checked_first(arguments: dict[str, list[str]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         command(Console(file=io.StringIO()), machine=SimulatedGpu(), **arguments)
+
+
+@pytest.mark.parametrize("mode", folds.MODES)
+def test_the_compiled_peer_runs(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its backward is called again and again, with tensors that it must not give away."""
+    by_aot = functools.partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", by_aot)
+    rows, skipped = measure(case(mode), SimulatedGpu(), options=FEW, providers=("compile",))
+    assert skipped == [] and [row.provider for row in rows] == ["compile"]

@@ -170,6 +170,19 @@ def test_cells_are_speedups() -> None:
     assert {text.get_text() for text in figure.axes[0].texts} == {f"{x:.2f}" for x in expected}
 
 
+def test_cells_of_the_other_norms() -> None:
+    """A shape with groups, and rows: what is across and up."""
+    record = sample(1, ("tritonnorm", "eager"), modes=("forward",), models=0)
+    ours, eager = record.ops
+    for shape, layout, up in (("32x320x16x16/32", "NHWC", "320"), ("64x197x768", "rows", "768")):
+        rows = [replace(row, shape=shape, layout=layout) for row in (ours, eager)]
+        figure = speedups(replace(record, ops=rows))
+        assert figure is not None
+        figure.canvas.draw()
+        axes = figure.axes[0]
+        assert [t.get_text() for t in axes.get_yticklabels()] == [up]
+
+
 def test_steps_add_up() -> None:
     record = sample(0, models=1)
     figure = training_steps(record)

@@ -46,6 +46,9 @@ def test_rows_of_a_case(mode: str, residual: bool) -> None:
         "forward+backward": ["forward", "backward"],
     }[mode]
     fewest = sum(minimum_bytes(one.call.problem(direction)) for direction in parts)
+    if len(parts) == 2:  # x, or x and the mask, which the forward left in the cache
+        view = one.call.problem("forward").view
+        fewest -= one.call.problem("forward").bytes + residual * view.mask_bytes
     for row, share in ((ours, 0.9), (eager, 0.4)):
         assert row.bytes == fewest
         assert row.p50_us == pytest.approx(2 + 1e6 * fewest / (COPY * share), rel=0.01)
@@ -145,6 +148,43 @@ def test_the_check_goes_through_channels_in_parts(monkeypatch: pytest.MonkeyPatc
     whole = check(one, PROVIDERS["eager"], PROVIDERS["eager"].setup(one), t)
     monkeypatch.setattr("bench.check.CHUNK", 3 * t.x.numel() // 16)
     assert check(one, PROVIDERS["eager"], PROVIDERS["eager"].setup(one), t) == whole
+
+
+def test_pytorch_in_the_place_of_the_kernels_is_not_timed(monkeypatch) -> None:
+    monkeypatch.setenv("TRITONNORM_DISABLE", "1")
+    rows, skipped = measure(case(), OURS_AND_EAGER, SimulatedGpu())
+    assert [row.provider for row in rows] == ["eager"]
+    assert "none of its kernels ran" in skipped[0].reason
+
+
+def test_a_time_that_cannot_be_is_no_row() -> None:
+    """Such a results file could not be saved, and the other rows would be lost with it."""
+    gpu = SimulatedGpu(clock=SimulatedClock(shares={"tritonnorm": 0.9, "eager": 100.0}))
+    gpu.facts = replace(FACTS, l2_bytes=1000)  # nothing comes from the cache
+    one = case("forward", shape=(4, 64, 64, 64))  # 1 us at the bandwidth of a copy, and 2 us
+    rows, skipped = measure(one, OURS_AND_EAGER, gpu, (1500.0, None))
+    assert [row.provider for row in rows] == ["tritonnorm"]
+    assert "% of the peak, and not from the cache" in skipped[0].reason
+
+
+def test_what_works_in_place_has_an_input_of_its_own() -> None:
+    class InPlace(Off):
+        in_place = True
+
+        def setup(self, case: Case) -> Forward:
+            right = PROVIDERS["eager"].setup(case)
+            return lambda t: t.x.detach().copy_(right(t).detach())
+
+    seen = []
+    one = case("inference")
+    gpu = SimulatedGpu()
+    prepare = gpu.clock.prepare
+    gpu.clock.prepare = lambda runs: seen.append([run.tensors.x for run in runs]) or prepare(runs)
+    rows, skipped = measure(one, [InPlace("nothing"), PROVIDERS["eager"]], gpu)
+    assert len(rows) == 2 and skipped == []
+    generator = torch.Generator().manual_seed(0)
+    assert torch.equal(seen[1][0], one.call.tensors(generator=generator).x)
+    assert not torch.equal(seen[0][0], seen[1][0])
 
 
 def test_flags() -> None:
