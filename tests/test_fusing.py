@@ -158,6 +158,39 @@ def test_additions(rule: str, run: Callable[..., Tensor]) -> None:
     assert rules(model, example_inputs=image()) == {"b": rule}
 
 
+def overwritten(write: Callable[[Any, Tensor], Any]) -> Callable[..., Tensor]:
+    def run(m: Any, x: Tensor) -> Tensor:
+        z = m.c(x)
+        y = F.silu(m.b(m.c(x)) + z)
+        write(m, z)
+        return y
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda m, z: z.mul_(2),
+        lambda m, z: F.relu(z, inplace=True),
+        lambda m, z: m.a(z),
+        lambda m, z: operator.imul(z, 2),
+        lambda m, z: torch.relu_(z),
+    ],
+)
+def test_a_residual_that_is_written_later(write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fused backward reads it, and would raise an error."""
+    monkeypatch.delenv("TRITONNORM_DISABLE")
+    model = Net(overwritten(write), b=bn(4), c=conv(4, 4), a=nn.ReLU(inplace=True))
+    assert "overwritten later" in why(model)
+
+
+@pytest.mark.parametrize("read", [lambda m, z: z.mul(2), lambda m, z: m.a(z), lambda m, z: z + 1])
+def test_a_residual_that_is_read_later(read: Any) -> None:
+    model = Net(overwritten(read), b=bn(4), c=conv(4, 4), a=nn.ReLU())
+    assert rules(model) == {"b": "bn -> add -> silu"}
+
+
 def shortcut(m: Any, x: Tensor) -> Tensor:
     identity = x
     out = m.a(m.b(m.c(x)))

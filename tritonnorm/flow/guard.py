@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,12 +26,11 @@ class StateGuard(TorchDispatchMode):
         super().__init__()
         self._modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
         self._attributes = [_snapshot(module) for module in self._modules]
-        self._state = {
-            key: tensor
-            for tensor in (*model.parameters(), *model.buffers())
-            if (key := storage_key(tensor)) is not None
-        }
-        self._saved: dict[int, tuple[Tensor, Tensor]] = {}
+        self._state: dict[int, list[Tensor]] = {}  # by storage, which several may share
+        for tensor in (*model.parameters(), *model.buffers()):
+            if (key := storage_key(tensor)) is not None:
+                self._state.setdefault(key, []).append(tensor)
+        self._saved: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -48,8 +48,7 @@ class StateGuard(TorchDispatchMode):
     def _save(self, tensor: Tensor) -> None:
         key = storage_key(tensor)
         if key in self._state and key not in self._saved:
-            whole = self._state[key].detach()
-            self._saved[key] = (whole, whole.clone())
+            self._saved[key] = [(t, t.clone()) for t in map(Tensor.detach, self._state[key])]
 
     def changes(self) -> tuple[set[int], str]:
         """Storage of the parameters and buffers that the run replaced by others, and a number among
@@ -69,7 +68,7 @@ class StateGuard(TorchDispatchMode):
     def restore(self) -> None:
         """Put back what the run changed. Call it outside the mode."""
         with torch.no_grad():
-            for tensor, value in self._saved.values():
+            for tensor, value in itertools.chain(*self._saved.values()):
                 tensor.copy_(value)
         for module, before in zip(self._modules, self._attributes, strict=True):
             _put_back(module, before)

@@ -14,6 +14,8 @@ from tritonnorm.activation import PRELU
 from tritonnorm.fusing.activations import Activation, ModuleOf, activation
 
 ADDS = {operator.add: "+", operator.iadd: "+=", torch.add: "+"}
+INPLACE = {getattr(operator, f"i{name}") for name in ("add", "sub", "mul", "truediv", "pow", "mod")}
+INPLACE |= {operator.ifloordiv, operator.iand, operator.ior, operator.ixor, operator.setitem}
 ADD_METHODS = {"add": "+", "add_": "+="}
 # Modules whose result shares no memory with anything that existed before.
 FRESH = (
@@ -129,6 +131,8 @@ def _site(
         return reason
     value, more = through_identities(add, module_of)
     behind = _behind(value, short, module_of)
+    if behind and any(order[n] > order[add] and writes(n, other, module_of) for n in other.users):
+        return "what is added is overwritten later, and the backward needs it"
     tail = [] if behind is None else [*more, *behind[1]]
     chain = [*skipped, add, *tail]
     modules = [n for n in chain if n.op == "call_module"]
@@ -201,6 +205,19 @@ def addition(node: fx.Node) -> tuple[str, Any, Any] | None:
     if how is None or len(node.args) != 2 or node.kwargs:
         return None
     return how, *node.args
+
+
+def writes(user: fx.Node, value: fx.Node, module_of: ModuleOf) -> bool:
+    """Whether an operation overwrites a value, by what it is called."""
+    if user.op == "call_module":
+        return bool(getattr(module_of(user), "inplace", False))
+    if user.kwargs.get("inplace") or user.kwargs.get("out") is value:
+        return True
+    if user.args[:1] != (value,):
+        return False
+    name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or user.target in INPLACE
 
 
 def _users(value: fx.Node) -> str:
