@@ -60,6 +60,9 @@ def arguments_of(
         raise Refused("it has positional-only arguments")
     if given is None:
         tensors = tuple(p.name for p in fixed if p.default is empty)
+        for p in fixed:
+            if isinstance(p.default, list | dict | set):
+                raise Refused(f"its argument {p.name} is a {type(p.default).__name__}")
         return Arguments(tensors, {p.name: p.default for p in fixed if p.default is not empty})
     try:
         bound = signature.bind(module, *given[0], **given[1])

@@ -13,9 +13,10 @@ from torch import fx, nn
 from tritonnorm.activation import PRELU
 from tritonnorm.fusing.activations import settings_of
 from tritonnorm.fusing.arguments import Arguments
-from tritonnorm.fusing.forward import FusedForward, Imported, fused, fused_add
+from tritonnorm.fusing.forward import FusedForward, fused, fused_add
 from tritonnorm.fusing.match import Site
 from tritonnorm.fusing.trace import Code
+from tritonnorm.fusing.watch import Global, Kind
 
 
 def build(
@@ -71,6 +72,7 @@ def build(
         skipped=(*skipped, *norms),
         norms=tuple(norms),
         tree=tree,
+        kinds=tuple((m, Kind(type(m))) for m in dict.fromkeys((module, *inline, *skipped))),
         reads=tuple(unique.values()),
         globals=_needed(scope, sources.values()),
     )
@@ -120,5 +122,5 @@ def _tree(
 def _needed(scope: dict[str, Any], sources: Iterable[str]) -> dict[str, Any]:
     """The names that the code uses; a module by its name, so that all of it can be pickled."""
     used = set(re.findall(r"\w+", " ".join(sources)))
-    modules = {k: Imported(v.__name__) for k, v in scope.items() if isinstance(v, ModuleType)}
+    modules = {k: Global(v.__name__) for k, v in scope.items() if isinstance(v, ModuleType)}
     return {k: modules.get(k, v) for k, v in scope.items() if k in used}

@@ -7,10 +7,8 @@ which computes the same without fusing.
 
 from __future__ import annotations
 
-import importlib
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +18,7 @@ from torch.nn.modules import module as _torch_module
 
 from tritonnorm.activation import apply, resolve
 from tritonnorm.conditions import has_override, is_exporting
-from tritonnorm.fusing.watch import Unwatched, is_still
+from tritonnorm.fusing.watch import Global, Kind, Unwatched, is_still
 from tritonnorm.nn import _FusedBatchNorm
 from tritonnorm.norms.nn import _Fused
 
@@ -93,13 +91,6 @@ def fused_add(
     return apply(*resolve(activation, args), y) if slope is None else F.prelu(y, slope)
 
 
-@dataclass(frozen=True)
-class Imported:
-    """A module of Python by its name."""
-
-    name: str
-
-
 class FusedForward:
     """The forward of one block.
 
@@ -113,6 +104,7 @@ class FusedForward:
         skipped: modules that are not called; they must have no hooks.
         norms: the norms among them.
         tree: modules with the children that they must have.
+        kinds: modules with the classes that they must be of.
         reads: attributes, by module and name, and what they must be.
         globals: what the names in the code are.
     """
@@ -127,25 +119,31 @@ class FusedForward:
         self.skipped: tuple[nn.Module, ...] = parts["skipped"]
         self.norms: tuple[nn.Module, ...] = parts["norms"]
         self.tree: tuple[tuple[nn.Module, tuple[Any, ...]], ...] = parts["tree"]
+        self.kinds: tuple[tuple[nn.Module, Kind], ...] = parts["kinds"]
         self.reads: tuple[tuple[Any, str, Any], ...] = parts["reads"]
         self.globals: dict[str, Any] = parts["globals"]
         self._compile()
 
     def _compile(self) -> None:
+        self._reads = [
+            (thing.resolved() if isinstance(thing, Global) else thing, name, value)
+            for thing, name, value in self.reads
+        ]
         self._code = {}
         made: dict[str, Any] = {}
         for training, source in self.sources.items():
             if source not in made:
                 scope = {
-                    k: importlib.import_module(v.name) if isinstance(v, Imported) else v
-                    for k, v in self.globals.items()
+                    k: v.resolved() if isinstance(v, Global) else v for k, v in self.globals.items()
                 }
                 exec(compile(source, "<tritonnorm fused forward>", "exec"), scope)
                 made[source] = scope["forward"]
             self._code[training] = made[source]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_code"}
+        return {
+            key: value for key, value in self.__dict__.items() if key not in ("_code", "_reads")
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -232,6 +230,8 @@ def holds(forward: FusedForward) -> bool:
             or "forward" in d
         ):
             return False
+    if not all(kind.still(module) for module, kind in forward.kinds):
+        return False
     for norm in forward.norms:
         if not isinstance(norm, _OURS) or norm.activation is not None:
             return False
@@ -242,7 +242,7 @@ def holds(forward: FusedForward) -> bool:
         mode = forward.module.training
         if any(module.training is not mode for module, _ in forward.tree):
             return False
-    return all(_same(module, name, value) for module, name, value in forward.reads)
+    return all(_same(module, name, value) for module, name, value in forward._reads)
 
 
 def _same(module: Any, name: str, value: Any) -> bool:

@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 from tritonnorm.flow.guard import quiet_run
 from tritonnorm.fusing.arguments import Arguments, Refused
 from tritonnorm.fusing.restoring import Before, dice
+from tritonnorm.fusing.sources import reads_of
 from tritonnorm.fusing.watch import Spies, Unwatched
 
 _CONTAINERS = (dict, list, tuple, torch.Size)
@@ -96,6 +97,7 @@ def _traced(
                 raise Refused("its code looks at the mode of another module")
         else:
             reads.append((thing, name, value))
+    reads += list(reads_of(walked, reads))
     return Code(graphs, reads, list(seen.parents))
 
 
@@ -209,6 +211,11 @@ class _Proxy(fx.Proxy):
     """A value; unlike torch.fx's, its graph shows additions and products in place as such."""
 
     _is_param = _is_buffer = False  # which a module asks when it is assigned
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("node", "tracer"):
+            raise Refused(f"its code sets `{name}` of a value")
+        super().__setattr__(name, value)
 
     def __iadd__(self, other: Any) -> Any:
         return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
