@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.fold_models import Net, bn, conv
+from tritonnorm import activation as activations
+from tritonnorm.fusing.forward import WIDENED
 from tritonnorm.replace import replace
 
 LIMIT = 1e-10
@@ -243,3 +245,33 @@ def test_a_block_that_is_called_twice_and_one_that_is_walked_through() -> None:
     _, report = replace(walked, example_inputs=image())
     assert report.rows[0].reason == "in the forward of the model"
     steps_alike(walked, theirs, image())
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_activations_that_autocast_widens(device: str) -> None:
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    key = {"cuda": "AutocastCUDA", "cpu": "AutocastCPU"}[device]
+    names = {name.removesuffix("_tanh") for name in activations.ACTIVATIONS}
+    widened = {name for name in names if has(f"aten::{name}", key)}
+    assert widened == set(WIDENED.get(device, ()))
+
+
+@pytest.mark.parametrize("add", [False, True])
+def test_an_activation_that_autocast_widens_is_apart(
+    add: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU it is softplus; on a CPU there is none, so that one stands for it here."""
+    monkeypatch.setitem(WIDENED, "cpu", {"softplus"})
+    model = Net(
+        lambda m, x: F.softplus(m.b(x) + x if add else m.b(x)), b=bn(4), c=conv(4, 4)
+    ).double()
+    _, report = replace(model)
+    assert report.rows[0].decision == "fused"
+    asked: list[Any] = []
+    run = type(model.b).run
+    monkeypatch.setattr(type(model.b), "run", lambda self, *a: asked.append(a[2]) or run(self, *a))
+    x = image()
+    model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x)
+    assert asked == ["softplus", None]

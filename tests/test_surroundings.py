@@ -129,3 +129,26 @@ def test_forward_mode_derivatives_by_a_weight_in_front_of_a_norm() -> None:
         found = forward_ad.unpack_dual(y).tangent
     assert found is not None
     torch.testing.assert_close(found, torch.func.jvp(of, (weight.detach(),), (tangent,))[1])
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_nested_tensor(layout: torch.layout) -> None:
+    x = torch.nested.nested_tensor([torch.randn(2, 5), torch.randn(3, 5)], layout=layout)
+    ours, plain = (make() for make in NORMS["layer"])
+    for mine, theirs in zip(ours(x).unbind(), plain(x).unbind(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int32])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_counter_of_another_dtype(dtype: torch.dtype, momentum: float | None) -> None:
+    """As some checkpoints have it; torch's module adds 1 to whatever is there."""
+    found = []
+    for kind in (tritonnorm.BatchNorm2d, nn.BatchNorm2d):
+        module = kind(6, momentum=momentum)
+        module.num_batches_tracked = torch.tensor(2, dtype=dtype)
+        torch.manual_seed(0)
+        y = module(torch.randn(SHAPE))
+        found.append((y, module.running_mean, module.running_var, module.num_batches_tracked))
+    torch.testing.assert_close(*found)

@@ -160,6 +160,8 @@ def overridden(tensors: tuple[Tensor | None, ...]) -> str | None:
     """A reason to hand the whole call to PyTorch unseen, or None."""
     if has_override(tensors):
         return "an argument overrides torch functions (a tracer or a tensor subclass)"
+    if not torch.compiler.is_compiling() and tensors[0] is not None and tensors[0].is_nested:
+        return "input is nested"
     if torch.jit.is_tracing() or torch.jit.is_scripting():
         return "torch.jit is tracing"
     return None

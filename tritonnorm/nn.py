@@ -79,7 +79,10 @@ class _FusedBatchNorm(Activated, torch.nn.modules.batchnorm._BatchNorm):
         track = training and self.track_running_stats
         weight, bias, mean, var, counter = self._tensors()
         use_buffers = track or not training
-        counter = counter if track else None
+        counter, momentum = (counter if track else None), self.momentum
+        if counter is not None and counter.dtype != torch.int64:  # as torch's module takes it
+            counter.add_(1)
+            momentum, counter = (1.0 / float(counter) if momentum is None else momentum), None
         return functional.batch_norm(
             input,
             mean if use_buffers else None,
@@ -89,7 +92,7 @@ class _FusedBatchNorm(Activated, torch.nn.modules.batchnorm._BatchNorm):
             training or (mean is None and var is None),
             # Without a counter a cumulative average has nothing to count: torch leaves the buffers
             # alone.
-            0.0 if self.momentum is None and counter is None else self.momentum,
+            0.0 if momentum is None and counter is None else momentum,
             self.eps,
             activation=activation,
             activation_args=activation_args,

@@ -39,11 +39,22 @@ def fused(
     A prelu has a slope ``[1]`` or ``[C]``. Where it cannot be part of the call, PyTorch's prelu
     follows.
     """
-    if slope is None:
+    if slope is None and not widens(activation, x):
         return norm.run(x, None, activation, args)
+    if slope is None:
+        return apply(*resolve(activation, args), norm.run(x, None, None, ()))
     if fits(x, slope):
         return norm.run(x, None, activation, args, slope)
     return F.prelu(norm.run(x, None, None, ()), slope)
+
+
+WIDENED = {"cuda": frozenset({"softplus"})}  # by torch's own registrations for autocast
+
+
+def widens(activation: str | None, x: Tensor) -> bool:
+    """Whether autocast computes an activation in float32, and gives float32."""
+    where = x.device.type
+    return activation in WIDENED.get(where, ()) and torch.is_autocast_enabled(where)
 
 
 def fits(x: Tensor, slope: Tensor) -> bool:
@@ -81,7 +92,7 @@ def fused_add(
         and residual.shape == x.shape
         and residual.dtype == x.dtype
         and residual.device == x.device
-        and (slope is None or fits(x, slope))
+        and (not widens(activation, x) if slope is None else fits(x, slope))
         and (first or written == "+" or not torch.is_autocast_enabled(x.device.type))
     ):
         return norm.run(x, residual, activation, args, *(() if slope is None else (slope,)))
