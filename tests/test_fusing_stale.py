@@ -232,3 +232,14 @@ def test_code_that_asks_for_an_attribute_that_no_tensor_has() -> None:
     x = torch.randn(2, 3, 4, 4)
     other, _ = tritonnorm.replace(copy.deepcopy(model))
     torch.testing.assert_close(other(x), model(x))
+
+
+def test_an_activation_with_a_tensor_for_a_number_stays() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.LeakyReLU(0.1))
+    model[2].negative_slope = torch.tensor(0.1)
+    other, report = tritonnorm.replace(copy.deepcopy(model))
+    assert report.rows[0].decision == "replaced"
+    for m in (model, other):
+        m[2].negative_slope.fill_(0.5)
+    x = torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(other(x), model(x))

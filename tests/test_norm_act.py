@@ -167,3 +167,16 @@ def test_replace_leaves_what_is_ours(norm_layer: Any) -> None:
     _, report = tritonnorm.replace(net)
     assert {row.decision for row in report.rows} == {"left"}
     assert all("already" in row.reason for row in report.rows)
+
+
+def test_hooks_of_all_modules_see_drop_and_activation() -> None:
+    seen: list[str] = []
+    module = BatchNormAct2d(3).eval()
+    hook = nn.modules.module.register_module_forward_hook(
+        lambda m, *_: seen.append(type(m).__name__)
+    )
+    try:
+        module(torch.randn(2, 3, 2, 2))
+    finally:
+        hook.remove()
+    assert seen == ["Identity", "ReLU", "BatchNormAct2d"]

@@ -282,3 +282,11 @@ def test_transformers_resnet_trains_as_before() -> None:
         torch.testing.assert_close(q, p, rtol=1e-10, atol=1e-10)
     restore(ours)
     assert [type(m) for m in ours.modules()] == [type(m) for m in theirs.modules()]
+
+
+def test_restore_says_what_it_cannot_restore(caplog: pytest.LogCaptureFixture) -> None:
+    model, _ = replace(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)))
+    nn.utils.parametrizations.weight_norm(model[1], dim=None)
+    restore(model)
+    assert type(model[2]) is nn.BatchNorm2d and isinstance(model[1], tritonnorm.BatchNorm2d)
+    assert "restore: 1 stays" in caplog.text

@@ -275,6 +275,10 @@ def test_on_tunes_what_is_unseen_once(cache: UserCache, monkeypatch: pytest.Monk
     monkeypatch.setattr(online, "_done", {})
     recipes.decided(P, H200)
     assert tuned_ == [Key.of(P)] * 2
+    for device in (H200, KNOWN["b200"], H200):  # each kind of GPU has its own result
+        monkeypatch.setattr(online.Session, "tune", tune)
+        online.tuned(P, device, plan(P, device))
+    assert tuned_ == [Key.of(P)] * 3
 
 
 def test_nothing_is_tuned_where_it_must_not_be(

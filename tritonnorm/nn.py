@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules import module as _module
 
 from . import functional
 from .activated import Activated, named
@@ -235,7 +236,8 @@ def _activation_module(layer: Any, options: dict[str, Any], inplace: bool) -> to
 
 def _hooked(module: torch.nn.Module) -> bool:
     own = module.__dict__
-    return "forward" in own or any(own[name] for name in _HOOKS)
+    everywhere = any(getattr(_module, f"_global{name}") for name in _HOOKS)
+    return everywhere or "forward" in own or any(own[name] for name in _HOOKS)
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -20,6 +20,7 @@ from tritonnorm.flow.inputs import Call, calls_from
 from tritonnorm.fusing.forward import FusedForward
 from tritonnorm.norms import swap
 from tritonnorm.report import LEFT, Report, Row
+from tritonnorm.settings import logger
 from tritonnorm.sync.nn import SyncBatchNorm
 
 if TYPE_CHECKING:
@@ -152,12 +153,15 @@ def restore(model: nn.Module) -> nn.Module:
     Returns:
         The same model.
     """
-    for module in model.modules():
+    for name, module in model.named_modules():
         if isinstance(module.__dict__.get("forward"), FusedForward):
             FusedForward.remove(module)
         plain = module.__dict__.get(_MARK)
         if plain is not None and type(module) is SWAPS[plain]:
             _to_plain(module, plain)
+        elif plain is not None and isinstance(module, SWAPS[plain]):
+            why = f"its class was changed to {type(module).__name__} after replace"
+            logger.warning("restore: %s stays a norm of this library: %s", name, why)
     return model
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from tritonnorm import activation as activations
 from tritonnorm.activation import ACTIVATIONS, PRELU
@@ -93,7 +93,9 @@ def of_module(module: nn.Module) -> Activation | None:
     """The activation that a module of torch is; None for any other module."""
     if type(module) is nn.Hardtanh:
         return ("relu6", ()) if (module.min_val, module.max_val) == (0, 6) else None
-    found = None if "forward" in module.__dict__ else activations.of_module(module)
+    held = module.__dict__.values()  # a tensor among them could change inside
+    closed = "forward" in module.__dict__ or any(isinstance(value, Tensor) for value in held)
+    found = None if closed else activations.of_module(module)
     return None if found is None or found[0] is None else (found[0], found[1])
 
 

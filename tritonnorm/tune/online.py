@@ -18,7 +18,7 @@ from tritonnorm.tune.standing import OWN
 __all__ = ["refusal", "tuned"]
 
 _lock = threading.Lock()
-_done: dict[Key, Plan] = {}  # of this process
+_done: dict[tuple[Key, Device], Plan] = {}  # of this process, by kind of GPU
 _said: set[str] = set()
 
 
@@ -54,10 +54,11 @@ def tuned(problem: Shape, device: Device, chosen: Plan) -> Plan:
             settings.logger.warning("TRITONNORM_TUNE: nothing is tuned: %s", reason)
         return chosen
     with _lock:
-        if key not in _done:
+        known = (key, device)
+        if known not in _done:
             settings.logger.info("tuning %s", key)
             session = Session(device, index=_index(device))
             done = session.tune([problem]).done
             best = done[0].result.best if done else None
-            _done[key] = Plan(*best, OWN) if best else chosen
-        return _done[key]
+            _done[known] = Plan(*best, OWN) if best else chosen
+        return _done[known]
