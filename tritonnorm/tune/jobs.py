@@ -176,6 +176,7 @@ def _child(
                 return {**said, "reason": f"takes longer than {wait:.0f} s"}
             if line is None:
                 code = process.wait()
+                threads[1].join(timeout=5)  # what it said last may not have been read yet
                 return {**said, "reason": f"ends the process ({_last_words(errors, code)})"}
             try:
                 message = json.loads(line)
