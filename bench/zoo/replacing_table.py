@@ -17,8 +17,7 @@ HEAD = """# Coverage of replacing
 
 Written from the rows in `bench/zoo/replace.jsonl`, of which the last of each model counts, by
 `python -m bench.zoo --replace --results bench/zoo --page docs/coverage_replace.md`. With names of
-models and `--again` it measures these anew; rows where nothing was left to fuse may be of an
-earlier state of the code. The models are those of [Coverage of
+models and `--again` it measures these anew. The models are those of [Coverage of
 folding](coverage.md). A run of the original counts, by the operations that it
 executes, which batch norms have an activation or an addition of an equal shape as their only
 consumer: those are *fusable*; of two batch norms that are added to each other one is. An activation
