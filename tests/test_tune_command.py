@@ -103,7 +103,12 @@ def test_the_layers_of_the_diffusion_unet() -> None:
 def test_presets(name: str) -> None:
     """All layers of the network: training forward and backward, and inference."""
     found = list(problems.preset(name, ["bf16"], ["NHWC"]))
-    assert len(found) == 3 * len(NETWORKS[name]) and set(problems.PRESETS) == set(tuning.PRESETS)
+    added = {(x.channels, x.plane) for x in NETWORKS[name] if x.residual and not x.activation}
+    alone = {(x.channels, x.plane) for x in NETWORKS[name] if not x.residual and not x.activation}
+    # Of a batch norm whose output is only added to something the backward is that of one alone.
+    assert len(found) == 3 * len(NETWORKS[name]) - len(added & alone) and set(
+        problems.PRESETS
+    ) == set(tuning.PRESETS)
     layer = NETWORKS[name][0]
     values = problems.PRESETS[name]
     for extent in layer.plane:

@@ -52,7 +52,7 @@ def of_layer(
     mask = residual and two_valued
     kept = residual and activation is not None  # what the backward knows of the residual
     name = activation or ""
-    needs = (True, residual, True, True)
+    needs = (True, kept, True, True)
     return [
         described("forward", size, strides, dtype, True, name, residual, mask)[0],
         described("backward", size, strides, dtype, True, name, kept, mask, needs)[0],
@@ -83,8 +83,14 @@ def _strides(sizes: Sequence[int], channels_last: bool) -> tuple[int, ...]:
 def preset(
     name: str, dtypes: Sequence[str], layouts: Sequence[str], batch: int | None = None
 ) -> Iterator[Shape]:
-    """The problems of a network in `PRESETS`."""
-    batch = batch or PRESETS[name]
+    """The problems of a network in `PRESETS`, each once: the backward of an addition without an
+    activation is that of the batch norm alone."""
+    return iter(dict.fromkeys(_layers(name, dtypes, layouts, batch or PRESETS[name])))
+
+
+def _layers(
+    name: str, dtypes: Sequence[str], layouts: Sequence[str], batch: int
+) -> Iterator[Shape]:
     for norm in NORM_NETWORKS.get(name, ()):
         for dtype in dtypes:
             for layout in layouts if norm.groups else layouts[:1]:
