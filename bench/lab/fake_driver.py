@@ -78,8 +78,8 @@ class FakeDriver:
         """Compiled variants of the kernel of that name, or of all kernels."""
         return sum(kernel in (None, v.kernel) for v in self.variants)
 
-    def report(self, launch: LaunchRecord, disassemble: bool = True) -> KernelReport:
-        """The machine code that a launch ran; `disassemble` as in `inspect_compiled`.
+    def compiled(self, launch: LaunchRecord) -> Any:
+        """The kernel of triton that a launch ran.
 
         Only while the driver is active: it then lets go of its kernels.
         """
@@ -87,11 +87,16 @@ class FakeDriver:
         caches = source.fn.device_caches
         for compiled in caches[self._device][0].values() if self._device in caches else ():
             if compiled.src is source:
-                key = (compiled.hash, disassemble)
-                if key not in _reports:
-                    _reports[key] = inspect_compiled(compiled, disassemble)
-                return _reports[key]
+                return compiled
         raise RuntimeError(f"the driver that compiled {launch.kernel} is no longer active")
+
+    def report(self, launch: LaunchRecord, disassemble: bool = True) -> KernelReport:
+        """The machine code that a launch ran; `disassemble` as in `inspect_compiled`."""
+        compiled = self.compiled(launch)
+        key = (compiled.hash, disassemble)
+        if key not in _reports:
+            _reports[key] = inspect_compiled(compiled, disassemble)
+        return _reports[key]
 
 
 @dataclass(frozen=True)
@@ -104,12 +109,20 @@ class HostTime:
     repeats: int
 
 
+Launcher = Callable[[FakeDriver, LaunchRecord], None]
+
+
+def _recorded(log: FakeDriver, launch: LaunchRecord) -> None:
+    log.launches.append(launch)
+
+
 @contextlib.contextmanager
 def fake_driver(
     target: GPUTarget | None = None,
     *,
     multiprocessors: int = 132,
     shared_memory: int = 232_448,
+    launch: Launcher | None = None,
 ) -> Iterator[FakeDriver]:
     """Make triton believe in a GPU for the length of the block, then restore what was there.
 
@@ -117,6 +130,7 @@ def fake_driver(
         target: what to compile for; sm_90 by default.
         multiprocessors: reported to code that asks the driver for device properties.
         shared_memory: the same, in bytes per program; kernels that need more raise OutOfResources.
+        launch: called with each launch, in place of a record of it.
 
     Raises:
         RuntimeError: in a process that interprets kernels (``TRITON_INTERPRET=1``).
@@ -126,6 +140,7 @@ def fake_driver(
     target = target or GPUTarget("cuda", 90, 32)
     device = next(_device_numbers)
     log = FakeDriver(target, _device=device)
+    launch = launch or _recorded
     properties = {
         "max_shared_mem": shared_memory,
         "multiprocessor_count": multiprocessors,
@@ -135,7 +150,7 @@ def fake_driver(
     # The attribute behind `active`; reading `active` itself would look for a real GPU.
     slot = "_active" if hasattr(triton_driver, "_active") else "active"  # triton 3.4: active
     previous = getattr(triton_driver, slot)
-    triton_driver.set_active(_driver(log, device, properties))
+    triton_driver.set_active(_driver(log, device, properties, launch))
     try:
         yield log
     finally:
@@ -162,7 +177,7 @@ def host_time(call: Callable[[], Any], *, calls: int = 200, repeats: int = 15) -
     return HostTime(statistics.median(samples), min(samples), calls, repeats)
 
 
-def _driver(log: FakeDriver, device: int, properties: dict[str, int]) -> Any:
+def _driver(log: FakeDriver, device: int, properties: dict[str, int], launch: Launcher) -> Any:
     """An object with the parts of a triton driver that specialising and launching touch."""
 
     class Launcher:
@@ -202,17 +217,16 @@ def _driver(log: FakeDriver, device: int, properties: dict[str, int]) -> Any:
             if enter_hook is not None:
                 enter_hook(launch_metadata)
             if log.recording:
-                log.launches.append(
-                    LaunchRecord(
-                        kernel=self._kernel,
-                        grid=(x, y, z),
-                        num_warps=self._num_warps,
-                        num_stages=self._num_stages,
-                        cooperative=self._cooperative,
-                        arguments=dict(zip(self._names, arguments, strict=True)),
-                        variant=self._variant,
-                    )
+                record = LaunchRecord(
+                    kernel=self._kernel,
+                    grid=(x, y, z),
+                    num_warps=self._num_warps,
+                    num_stages=self._num_stages,
+                    cooperative=self._cooperative,
+                    arguments=dict(zip(self._names, arguments, strict=True)),
+                    variant=self._variant,
                 )
+                launch(log, record)
 
     class Utils:
         """Stands for the driver's binary loader and device queries."""
