@@ -52,7 +52,11 @@ ROOMS = (
     Room("kernels._body", ours=("kernels._tile", "kernels._epilogue"), theirs=("triton",)),
     Room("kernels._persistent", ours=("kernels._*",), theirs=("triton",), without=("os",)),
     Room("kernels._resident", ours=("kernels._*",), theirs=("triton",), without=("os",)),
-    Room("kernels._groups", ours=("kernels._tile", "kernels._epilogue"), theirs=("triton",)),
+    Room(
+        "kernels._groups",
+        ours=("kernels._tile", "kernels._epilogue", "kernels._moments"),
+        theirs=("triton",),
+    ),
     Room("kernels._group_*", ours=("kernels._groups", "kernels._moments"), theirs=("triton",)),
     Room("kernels._*", ours=(), theirs=("triton",), without=("os",)),
     Room("kernels", ours=(*PURE_LEAVES, "kernels.*"), without=("os",)),

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from . import _epilogue as epilogue
+from . import _moments as moments
 from . import _tile as tile
 
 POSITION = tl.constexpr(0)
@@ -65,6 +66,7 @@ def lanes(c0, c_end, p0, P, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
 @triton.jit
 def total(t, PER: tl.constexpr):
     """The sum over what shares a statistic."""
+    t = moments.settled(t)
     if PER == POSITION:
         return tl.sum(t, 0, keep_dims=True)
     elif PER == GROUP:
@@ -79,7 +81,7 @@ def over_positions(t, PER: tl.constexpr):
     if PER == POSITION:
         return t
     else:
-        return tl.sum(t, 1, keep_dims=True)
+        return tl.sum(moments.settled(t), 1, keep_dims=True)
 
 
 @triton.jit

@@ -23,6 +23,17 @@ def finite(v):
 
 
 @triton.jit
+def settled(v):
+    """A product, rounded, before a sum over threads.
+
+    As it is it would be fused with the addition of what another thread has, one way here and the
+    other way there; threads that are to have the same sum would differ in its last bit. A choice
+    (`tl.where`) between product and sum settles it too.
+    """
+    return v + 0.0
+
+
+@triton.jit
 def mean_of(x, valid, size):
     """The mean of each row of a tile.
 

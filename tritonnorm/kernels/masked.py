@@ -123,7 +123,7 @@ def combine_masked_moments_kernel(
         size = tl.sum(sizes, 0)
         if size > 0:
             means = tl.load(at + plane, mask=valid, other=0.0)
-            centre = tl.sum(sizes[:, None] * means, 0) / size
+            centre = tl.sum(moments.settled(sizes[:, None] * means), 0) / size
             delta = tl.where(valid, means - centre[None, :], 0.0)
             spread = tl.load(at + 2 * plane, mask=valid, other=0.0)
             spread = tl.sum(spread + sizes[:, None] * delta * delta, 0)
