@@ -175,10 +175,23 @@ def cases(quick: bool = False) -> list[CompileCase]:
         CompileCase(Call(large, target in ("sm_90", "gfx942"), **fused), "persistent", target)
         for target in GPUS
     ]
+    # As many values of a channel as a program may keep.
+    channels: list[tuple[tuple[int, ...], str, str, Direction]] = [
+        ((56, 240, 14, 14), "silu", "sm_90", "backward"),
+        ((56, 240, 14, 14), "silu", "sm_100", "backward"),
+        ((2, 256, 32, 32, 28), "relu", "gfx942", "forward"),
+    ]
+    full = [
+        CompileCase(
+            Call(shape, False, activation=act), "resident", target, False, directions=(direction,)
+        )
+        for shape, act, target, direction in channels
+    ]
     every_one = [CompileCase(*each, target) for each in every for target in GPUS]
     return [
         *every_one,
         *meeting,
+        *full,
         *(
             CompileCase(
                 *(*each, target),
