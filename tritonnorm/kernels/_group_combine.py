@@ -35,7 +35,8 @@ def combine_moments_kernel(
         block_mean = tl.load(at + SPLITS * sums, mask=valid, other=0.0)
         block_m2 = tl.load(at + 2 * SPLITS * sums, mask=valid, other=0.0)
         total = tl.maximum(tl.sum(block_count, 0), 1.0)
-        centre = tl.sum(moments.settled(block_count * block_mean), 0) / total
+        weighted = moments.settled(block_count * block_mean, STATISTICS + SPLITS > 0)
+        centre = tl.sum(weighted, 0) / total
         delta = tl.where(valid, block_mean - centre[None, :], 0.0)
         spread = tl.sum(block_m2 + block_count * delta * delta, 0)
         count, mean, m2 = moments.merge_means(count, mean, m2, total, centre, spread)

@@ -59,6 +59,7 @@ def forward_kernel(
     """Statistics, normalize, add, activate, for one group, or a block of rows or channels."""
     ACC: tl.constexpr = rstd_ptr.dtype.element_ty
     C, K, P = groups.extents(G, K, P, VEC, CHANNELS_LAST, PER == groups.GROUP)
+    some = C + P > 0  # see `moments.settled`
     block, step = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
     n, c_first, p_first, c_end = place(block, step, G, K, C, BLOCK_C, BLOCK_P, PER)
     s_n, s_c, s_p, lane, x_n, x_c, x_p, x_lane = groups.frame(
@@ -76,7 +77,7 @@ def forward_kernel(
     if CENTRED:
         for i in tl.static_range(CHUNKS_C * CHUNKS_P):
             sums += xs[i].to(ACC)
-    mean = groups.total(sums, PER) / count
+    mean = groups.total(sums, some, PER) / count
     squares = tl.zeros([BLOCK_C, BLOCK_P], ACC)
     for i in tl.static_range(CHUNKS_C):
         for j in tl.static_range(CHUNKS_P):
@@ -84,7 +85,7 @@ def forward_kernel(
             _, _, valid = groups.lanes(c0, c_end, p0, P, BLOCK_C, BLOCK_P)
             centred = tl.where(valid, xs[i * CHUNKS_P + j].to(ACC) - mean, 0.0)
             squares += centred * centred
-    m2 = groups.total(squares, PER)
+    m2 = groups.total(squares, some, PER)
     rstd = 1.0 / tl.sqrt(m2 / count + tl.full([], eps, ACC))
     c, p, _ = groups.lanes(c_first, c_end, p_first, P, BLOCK_C, BLOCK_P)
     at, there = groups.statistic_index(n, c, c_end, p, G, K, P, PER)
@@ -142,6 +143,7 @@ def backward_kernel(
     """All gradients of the groups that a program walks over; x and g of one stay in registers."""
     ACC: tl.constexpr = rstd_ptr.dtype.element_ty
     C, K, P = groups.extents(G, K, P, VEC, CHANNELS_LAST, PER == groups.GROUP)
+    some = C + P > 0  # see `moments.settled`
     block, part = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
     plane = tl.cast(tl.cdiv(STEPS, PER_PART), tl.int64) * C
     s_n, s_c, s_p, lane, x_n, x_c, x_p, x_lane = groups.frame(
@@ -180,8 +182,8 @@ def backward_kernel(
                     n * s_n + c0 * s_c + p0 * s_p + lane, valid, GRADIENT, GATE, GATED, A, B,
                 )  # fmt: skip
                 # A tile of sums beside what is kept would spill.
-                of_g += groups.over_positions(g, PER)
-                of_gn += groups.over_positions(g * normal, PER)
+                of_g += groups.over_positions(g, some, PER)
+                of_gn += groups.over_positions(g * normal, some, PER)
                 if dx_ptr is not None:
                     xs = xs + (raw,)
                     gs = gs + (g,)
@@ -196,8 +198,8 @@ def backward_kernel(
                     tl.store(row, tl.sum(of_g, 1, keep_dims=True), mask=c < c_end)
                     tl.store(row + plane, tl.sum(of_gn, 1, keep_dims=True), mask=c < c_end)
         if dx_ptr is not None:
-            mean_g = groups.total(step_g, PER) / count
-            slope = groups.total(step_gn, PER) / count
+            mean_g = groups.total(step_g, some, PER) / count
+            slope = groups.total(step_gn, some, PER) / count
             for i in tl.static_range(CHUNKS_C):
                 c0 = c_first + i * BLOCK_C
                 c, _, _ = groups.lanes(c0, c_end, p_first, P, BLOCK_C, BLOCK_P)

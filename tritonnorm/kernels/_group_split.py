@@ -60,17 +60,18 @@ def moments_kernel(
     """Moments of one range of channels (rows) or positions."""
     ACC: tl.constexpr = partial_ptr.dtype.element_ty
     C, K, P = groups.extents(G, K, P, VEC, CHANNELS_LAST, False)
+    some = C + P > 0  # see `moments.settled`
     _s_n, _s_c, _s_p, _lane, x_n, x_c, x_p, x_lane = groups.frame(
         C, P, xs_n, xs_c, xs_p, BLOCK_C, BLOCK_P, CHANNELS_LAST
     )
     first, last = range_of(tl.program_id(1), PER_SPLIT, CHUNKS)
     count = tl.zeros([], ACC)
-    total = groups.total(tl.zeros([BLOCK_C, BLOCK_P], ACC), PER)
+    total = groups.total(tl.zeros([BLOCK_C, BLOCK_P], ACC), some, PER)
     base = total
     m2 = total
     for run in range(first, last, moments.RUN):
         size = tl.zeros([], ACC)
-        pivot = groups.total(tl.zeros([BLOCK_C, BLOCK_P], ACC), PER)
+        pivot = groups.total(tl.zeros([BLOCK_C, BLOCK_P], ACC), some, PER)
         sums = tl.zeros([BLOCK_C, BLOCK_P], ACC)
         squares = tl.zeros([BLOCK_C, BLOCK_P], ACC)
         for chunk in range(run, tl.minimum(run + moments.RUN, last)):
@@ -84,14 +85,15 @@ def moments_kernel(
                 values = tl.cast(tl.minimum(P - p0, BLOCK_P), ACC)
             if CENTRED:
                 if chunk == run:
-                    pivot = moments.finite(groups.total(x * (1.0 / values), PER))
+                    pivot = moments.finite(groups.total(x * (1.0 / values), some, PER))
                 sums, squares = moments.add_tile(sums, squares, x, pivot, valid)
             else:
                 squares += x * x
             size += values
         count, base, total, m2 = moments.merge_run(
             count, base, total, m2,
-            size, pivot, groups.total(sums, PER), groups.total(squares, PER),
+            size, pivot,
+            groups.total(sums, some, PER), groups.total(squares, some, PER),
         )  # fmt: skip
     mean = base + total / tl.maximum(count, 1.0)
     n, c0, p0 = summed_tile(tl.program_id(0), first, C, BLOCK_C, BLOCK_P, PER)
@@ -195,6 +197,7 @@ def sums_kernel(
     """The sums that dx depends on, over one range of channels (rows) or positions."""
     ACC: tl.constexpr = rstd_ptr.dtype.element_ty
     C, K, P = groups.extents(G, K, P, VEC, CHANNELS_LAST, False)
+    some = C + P > 0  # see `moments.settled`
     s_n, s_c, s_p, lane, x_n, x_c, x_p, x_lane = groups.frame(
         C, P, xs_n, xs_c, xs_p, BLOCK_C, BLOCK_P, CHANNELS_LAST
     )
@@ -225,9 +228,9 @@ def sums_kernel(
     c, p, _ = groups.lanes(c0, C, p0, P, BLOCK_C, BLOCK_P)
     at, there = sum_index(n, c, p, C, P, PER)
     row = partial_ptr + tl.program_id(1).to(tl.int64) * SUMS + at
-    tl.store(row, groups.total(sums_g, PER), mask=there)
+    tl.store(row, groups.total(sums_g, some, PER), mask=there)
     plane = tl.num_programs(1).to(tl.int64) * SUMS
-    tl.store(row + plane, groups.total(sums_gn, PER), mask=there)
+    tl.store(row + plane, groups.total(sums_gn, some, PER), mask=there)
 
 
 @triton.jit(do_not_specialize=["PER_SPLIT", "CHUNKS"])

@@ -64,9 +64,9 @@ def lanes(c0, c_end, p0, P, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
 
 
 @triton.jit
-def total(t, PER: tl.constexpr):
-    """The sum over what shares a statistic."""
-    t = moments.settled(t)
+def total(t, some, PER: tl.constexpr):
+    """The sum over what shares a statistic; `some` as in `moments.settled`."""
+    t = moments.settled(t, some)
     if PER == POSITION:
         return tl.sum(t, 0, keep_dims=True)
     elif PER == GROUP:
@@ -76,12 +76,12 @@ def total(t, PER: tl.constexpr):
 
 
 @triton.jit
-def over_positions(t, PER: tl.constexpr):
+def over_positions(t, some, PER: tl.constexpr):
     """The sum over positions, [BLOCK_C, 1], where they share a statistic; else the tile."""
     if PER == POSITION:
         return t
     else:
-        return tl.sum(moments.settled(t), 1, keep_dims=True)
+        return tl.sum(moments.settled(t, some), 1, keep_dims=True)
 
 
 @triton.jit

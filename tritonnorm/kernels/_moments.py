@@ -23,14 +23,14 @@ def finite(v):
 
 
 @triton.jit
-def settled(v):
-    """A product, rounded, before a sum over threads.
+def settled(v, some):
+    """v before a sum over threads; `some` is true, but the compiler cannot know that.
 
-    As it is it would be fused with the addition of what another thread has, one way here and the
-    other way there; threads that are to have the same sum would differ in its last bit. A choice
-    (`tl.where`) between product and sum settles it too.
+    A product as it is would be fused with the addition of what another thread has, one way here and
+    the other way there; threads that are to have the same sum would differ in its last bit. There
+    is nothing to fuse with a choice. Adding 0 would not do: of a square LLVM leaves that out.
     """
-    return v + 0.0
+    return tl.where(some, v, 0.0)
 
 
 @triton.jit

@@ -108,7 +108,8 @@ def forward_kernel(
             sums, squares = moments.add_tile(sums, squares, xs[k].to(ACC), pivot[:, None], there)
             count += size
         total = tl.sum(sums, 1)
-        m2 = moments.centred(total, tl.sum(squares, 1), count)
+        square = tl.sum(moments.settled(squares, N + C + P > 0), 1)
+        m2 = moments.centred(total, square, count)
         # Two rounds of workspace: a program may be one meeting ahead of another.
         plane = SPLITS * slots * BLOCK_C
         at = partial_ptr + (group % 2) * 4 * plane + slot * BLOCK_C + tl.arange(0, BLOCK_C)

@@ -280,7 +280,7 @@ def _fold_gradient(
         w = tl.load(w_ptr + at, mask=valid, other=0.0).to(ACC)
         dy = tl.load(dy_ptr + at, mask=valid & there, other=0.0).to(ACC)
         tl.store(dw_ptr + at, (dy * scale[:, None]).to(W), mask=valid)
-        total += tl.sum(moments.settled(w * dy), 1)
+        total += tl.sum(moments.settled(w * dy, C + I > 0), 1)
     tl.store(out_ptr + tl.load(row + 7) + c, (db * scale).to(W), mask=c < C)
     affine_ptr += tl.load(row + 8)
     tl.store(affine_ptr + c, (rstd * (total + shift * db)).to(G), mask=c < C)

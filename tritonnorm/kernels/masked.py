@@ -78,8 +78,9 @@ def masked_moments_kernel(
                     pivot = moments.pivot(x, kept[None, :], some.to(ACC))
                 sums, squares = moments.add_tile(sums, squares, x, pivot[:, None], kept[None, :])
                 size += some.to(ACC)
+        square = tl.sum(moments.settled(squares, N + C + P > 0), 1)
         count, base, total, m2 = moments.merge_run(
-            count, base, total, m2, size, pivot, tl.sum(sums, 1), tl.sum(squares, 1)
+            count, base, total, m2, size, pivot, tl.sum(sums, 1), square
         )
     mean = base + total / tl.maximum(count, 1.0)
     plane = tl.num_programs(1).to(tl.int64) * C
@@ -123,7 +124,8 @@ def combine_masked_moments_kernel(
         size = tl.sum(sizes, 0)
         if size > 0:
             means = tl.load(at + plane, mask=valid, other=0.0)
-            centre = tl.sum(moments.settled(sizes[:, None] * means), 0) / size
+            weighted = moments.settled(sizes[:, None] * means, C + SPLITS > 0)
+            centre = tl.sum(weighted, 0) / size
             delta = tl.where(valid, means - centre[None, :], 0.0)
             spread = tl.load(at + 2 * plane, mask=valid, other=0.0)
             spread = tl.sum(spread + sizes[:, None] * delta * delta, 0)

@@ -82,8 +82,9 @@ def moments_kernel(
                 pivot = moments.pivot(x, there, values)
             sums, squares = moments.add_tile(sums, squares, x, pivot[:, None], there)
             size += values
+        square = tl.sum(moments.settled(squares, N + C + P > 0), 1)
         count, base, total, m2 = moments.merge_run(
-            count, base, total, m2, size, pivot, tl.sum(sums, 1), tl.sum(squares, 1)
+            count, base, total, m2, size, pivot, tl.sum(sums, 1), square
         )
     plane = tl.num_programs(1).to(tl.int64) * C
     row = partial_ptr + tl.program_id(1).to(tl.int64) * C + c
