@@ -78,8 +78,9 @@ def forward_kernel(
             pivot = moments.finite(tile.over_plane(pivot, PLANE, WIDTH))
         sums, squares = moments.add_tile(sums, squares, xs[chunk].to(ACC), pivot[:, None], there)
     total = tile.over_plane(tl.sum(sums, 1), PLANE, WIDTH)
-    square = tl.sum(moments.settled(squares, N + C + P > 0), 1)
-    m2 = moments.centred(total, tile.over_plane(square, PLANE, WIDTH), count)
+    if CHUNKS == 1:  # else they are sums of products already
+        squares = moments.settled(squares, N + C + P > 0)
+    m2 = moments.centred(total, tile.over_plane(tl.sum(squares, 1), PLANE, WIDTH), count)
     mean = pivot + total / count
     rstd = 1.0 / tl.sqrt(m2 / count + tl.full([], eps, ACC))
     moments.store_statistics(

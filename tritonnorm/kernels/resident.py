@@ -4,6 +4,7 @@ Forward moves 2S, backward 3S. The variance is exact: the mean first, then the s
 from it, both over data at hand. No program waits for another.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -42,6 +43,9 @@ MOST_FILLED = 0.875
 # Elements of a chunk, at least one 16-byte access for every thread. Half of it for the derivative
 # of a smooth activation: with all of it gelu in bf16 on planes of 7 by 7 spills on sm_90.
 TILE = 4096
+# Elements of a row of a chunk, at least. Planes of 14 by 14 fill 256 with 64, and with 32 only 224:
+# 7/8 again (64x1024x14x14 then fits). On gfx942 that spills (BN+relu forward, 256 samples: 2).
+ROWS = (64, 32)
 WIDEST_ROW = 1024  # columns of a tile of tiny planes: 8 planes of 11 by 11
 
 
@@ -114,15 +118,17 @@ class Resident:
         """The smallest program that holds a channel block, or None."""
         derived = problem.direction == "backward" and problem.activity == "smooth"
         share = MOST_FILLED if derived or device.warp > 32 else 1.0
-        for warps, payload in PAYLOAD.items():
+        rows = ROWS if derived and device.warp == 32 else ROWS[:1]
+        for narrowest, (warps, payload) in itertools.product(rows, PAYLOAD.items()):
             payload, threads = share * payload, warps * device.warp
-            config = replace(self._tiling(problem, threads, max_block_c), num_warps=warps)
+            tiling = self._tiling(problem, threads, max_block_c, narrowest)
+            config = replace(tiling, num_warps=warps)
             kept = config.chunks(problem) * config.tile * registers_kept(problem)
             if kept <= payload * threads:
                 return config
         return None
 
-    def _tiling(self, problem: Problem, threads: int, max_block_c: int) -> Config:
+    def _tiling(self, problem: Problem, threads: int, max_block_c: int, narrowest: int) -> Config:
         """Chunks of about `TILE` elements with little padding.
 
         Channels last takes 16 channels: 32 bytes of 16-bit data, the sector that DRAM moves.
@@ -137,7 +143,7 @@ class Resident:
             return Config(
                 block_c, 1, power_of_two_blocks(view.p, limit // block_c, least // block_c)
             )
-        block_p = max(bits, power_of_two_blocks(view.p, limit, 64))
+        block_p = max(bits, power_of_two_blocks(view.p, limit, narrowest))
         block_n = power_of_two_blocks(view.n, limit // block_p, max(1, least // block_p))
         return Config(1, block_n, block_p)
 
