@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
+from bench.lab.ptx.cache import Cache
 from bench.lab.ptx.instructions import steps_of
 from bench.lab.ptx.machine import Counts, run
 from bench.lab.ptx.memory import GlobalMemory
@@ -12,7 +13,12 @@ from bench.lab.ptx.parse import parse
 
 
 def launch(
-    body: str, *tensors: Tensor, grid: int = 1, threads: int = 32, shared: int = 0
+    body: str,
+    *tensors: Tensor,
+    grid: int = 1,
+    threads: int = 32,
+    shared: int = 0,
+    cache: Cache | None = None,
 ) -> Counts:
     """Run PTX on tensors: %rd1, %rd2, ... are where they begin, %r1 the thread, %r2 the program."""
     parameters = ",\n".join(f".param .u64 .ptr .global p{i}" for i in range(len(tensors)))
@@ -32,7 +38,7 @@ def launch(
     arguments = {f"p{i}": np.array([[t.data_ptr()]], np.uint64) for i, t in enumerate(tensors)}
     steps, memory = steps_of(kernel), GlobalMemory(tensors)
     with np.errstate(all="ignore"):
-        return run(kernel, steps, arguments, (grid, 1, 1), threads, shared, memory)
+        return run(kernel, steps, arguments, (grid, 1, 1), threads, shared, memory, cache=cache)
 
 
 def at(tensor: int, size: int, to: int) -> str:

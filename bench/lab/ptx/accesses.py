@@ -36,6 +36,14 @@ def _check_aligned(where: Array, active: Array, size: int) -> None:
         raise MemoryFault(f"an access of {size} bytes is not aligned to them")
 
 
+def _evict_first(o: Operands) -> Callable[[Group], bool]:
+    """Whether what is accessed is to leave the cache before all else."""
+    if "cache_hint" not in " ".join(o.modifiers):
+        return lambda group: False
+    policy = o.source(o.written[-1], "b64")
+    return lambda group: bool(policy(group).all())
+
+
 def load(o: Operands) -> Step:
     """``ld``; a parameter is a register that is there from the start."""
     space, kind, count = _space(o)
@@ -44,14 +52,15 @@ def load(o: Operands) -> Step:
         return lambda group: target(group, group.registers[name])
     targets, address = [o.target(name) for name in names(o.written[0])], o.address(o.written[1])
     size = width(kind) // 8
-    read = _from_global if space == "global" else _from_shared
+    read, first = _from_global if space == "global" else _from_shared, _evict_first(o)
     assert len(targets) == count
 
     def step(group: Group) -> None:
         where, active = address(group), o.active(group)
         _check_aligned(where, active, count * size)
         if space == "global":
-            group.counts.request("ld", group.wide(where), group.wide(active), count * size)
+            wide = group.wide(where), group.wide(active)
+            group.counts.request("ld", *wide, count * size, first(group))
         for i, target in enumerate(targets):
             found = read(group, where + where.dtype.type(i * size), active, 8 * size)
             target(group, typed(found, kind) if kind[0] == "s" else found)
@@ -75,14 +84,14 @@ def store(o: Operands) -> Step:
     """``st``."""
     space, kind, count = _space(o)
     sources = [o.source(name, kind) for name in names(o.written[1])]
-    address, size = o.address(o.written[0]), width(kind) // 8
+    address, size, first = o.address(o.written[0]), width(kind) // 8, _evict_first(o)
     assert len(sources) == count
 
     def step(group: Group) -> None:
         where, on = group.wide(address(group)), group.wide(o.active(group))
         _check_aligned(where, on, count * size)
         if space == "global":
-            group.counts.request("st", where, on, count * size)
+            group.counts.request("st", where, on, count * size, first(group))
         for i, source in enumerate(sources):
             at = where[on] + where.dtype.type(i * size)
             values = group.wide(source(group).astype(unsigned(8 * size)))[on]

@@ -13,6 +13,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 
 from bench.lab.fake_driver import FakeDriver, LaunchRecord, fake_driver
+from bench.lab.ptx.cache import Cache
 from bench.lab.ptx.instructions import steps_of
 from bench.lab.ptx.machine import Counts, run
 from bench.lab.ptx.memory import GlobalMemory
@@ -35,6 +36,7 @@ def emulated(
     device: Device,
     change: Callable[[str], str] = lambda ptx: ptx,
     besides: Callable[[], Iterable[torch.Tensor]] = tuple,
+    cache: Cache | None = None,
 ) -> Iterator[Emulation]:
     """CPU tensors lie on ``device``, an NVIDIA GPU, and kernels run on them from their PTX.
 
@@ -42,6 +44,7 @@ def emulated(
         device: to plan for, compile for and pretend to be.
         change: made to the PTX before it runs; to break it on purpose.
         besides: gives the tensors that a kernel may access without being called with them.
+        cache: sees every access to global memory.
 
     Raises:
         RuntimeError: in a process that interprets kernels.
@@ -62,9 +65,8 @@ def emulated(
         }
         memory = GlobalMemory([*(v for v in values if isinstance(v, torch.Tensor)), *besides()])
         threads = 32 * record.num_warps
-        counts = run(
-            kernel, steps, arguments, record.grid, threads, compiled.metadata.shared, memory
-        )
+        shared = compiled.metadata.shared
+        counts = run(*(kernel, steps, arguments, record.grid, threads, shared, memory), cache=cache)
         found.launches.append((record.kernel, counts))
 
     with (

@@ -64,9 +64,9 @@ def _mov(o: Operands) -> Step:
 
 
 def _createpolicy(o: Operands) -> Step:
-    """A hint to a cache."""
-    target = o.target(o.written[0])
-    return lambda group: target(group, np.zeros((1, 1), np.uint64))
+    """A hint to a cache: here 1 for data that are to leave it first, else 0."""
+    target, first = o.target(o.written[0]), "L2::evict_first" in o.modifiers
+    return lambda group: target(group, np.full((1, 1), first, np.uint64))
 
 
 def _barrier(o: Operands) -> Step:

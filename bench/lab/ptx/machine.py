@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from bench.lab.ptx.cache import SECTOR, Cache
 from bench.lab.ptx.memory import GlobalMemory, MemoryFault, SharedMemory
 from bench.lab.ptx.parse import Instruction, Kernel
 from bench.lab.ptx.values import Array
@@ -38,24 +39,28 @@ class Counts:
         requests: of warps to global memory, by instruction ("ld" or "st") and bytes per thread.
         sectors: of 32 bytes that these touch, likewise.
         moved: bytes that the active threads asked for, likewise.
+        cache: that all of it goes through, if any.
     """
 
     instructions: int = 0
     requests: Counter[tuple[str, int]] = field(default_factory=Counter)
     sectors: Counter[tuple[str, int]] = field(default_factory=Counter)
     moved: Counter[tuple[str, int]] = field(default_factory=Counter)
+    cache: Cache | None = None
 
-    def request(self, what: str, addresses: Array, active: Array, size: int) -> None:
-        """Count an access of all threads, [programs, threads]."""
+    def request(
+        self, what: str, addresses: Array, active: Array, size: int, evict_first: bool = False
+    ) -> None:
+        """Count an access of all threads, [programs, threads]; each is aligned to its size."""
         lanes, on = addresses.reshape(-1, WARP), active.reshape(-1, WARP)
-        step = min(size, 32)
-        touched = [(lanes + np.uint64(at)) >> np.uint64(5) for at in range(0, size, step)]
-        sectors = np.sort(np.where(on, touched[0], np.uint64(0)), axis=1)
+        sectors = np.sort(np.where(on, lanes // np.uint64(SECTOR), np.uint64(0)), axis=1)
+        fresh = (np.diff(sectors, axis=1, prepend=np.uint64(0)) != 0) & (sectors != 0)
         key = (what, size)
         self.requests[key] += int(on.any(axis=1).sum())
-        fresh = (np.diff(sectors, axis=1, prepend=np.uint64(0)) != 0) & (sectors != 0)
-        self.sectors[key] += int(fresh.sum()) * len(touched)
+        self.sectors[key] += int(fresh.sum())
         self.moved[key] += int(on.sum()) * size
+        if self.cache is not None:
+            self.cache.access(sectors[fresh].tolist(), what == "st", evict_first)
 
 
 @dataclass
@@ -122,6 +127,7 @@ def run(
     shared_bytes: int,
     memory: GlobalMemory,
     at_once: int = 1 << 16,
+    cache: Cache | None = None,
 ) -> Counts:
     """Run a grid to its end.
 
@@ -134,12 +140,13 @@ def run(
         shared_bytes: of a program.
         memory: what it may access.
         at_once: threads that are simulated together, unless more programs must meet.
+        cache: sees every access to global memory.
 
     Raises:
         MemoryFault: it accesses memory that it must not.
         RuntimeError: programs wait for each other for ever, or threads part ways.
     """
-    count, counts = math.prod(grid), Counts()
+    count, counts = math.prod(grid), Counts(cache=cache)
     meets = any(i.opcode.startswith(("atom", "red")) for i in kernel.instructions)
     share = count if meets else max(1, at_once // threads)
     for first in range(0, count, share):
