@@ -21,6 +21,7 @@ from tritonnorm.device import INTERPRETER, KNOWN, Device, simulated
 from tritonnorm.kernels import BY_NAME, _barrier, persistent
 from tritonnorm.kernels.base import Config, registers_kept
 from tritonnorm.plan import choose, force_plan
+from tritonnorm.problem import minimum_bytes
 
 PERSISTENT = BY_NAME["persistent"]
 #: A GPU so small that all of its programs are a handful of threads.
@@ -168,6 +169,8 @@ def test_never_more_programs_than_fit(monkeypatch: pytest.MonkeyPatch, device: D
             assert 0 <= config.kept <= own
             kept = config.kept * config.tile * registers_kept(problem)
             assert kept <= payload * config.num_warps * device.warp
+            moved = PERSISTENT.dram_bytes(problem, config, device)
+            assert not config.evict_first or moved > minimum_bytes(problem)
             seen += 1
     assert seen > 100
 

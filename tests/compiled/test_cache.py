@@ -78,3 +78,14 @@ def test_two_passes() -> None:
     found = simulated(call, "split")
     for direction, (_, model) in expected(call, "split").items():
         assert abs(found[direction] / model - 1) < 0.01
+
+
+def test_what_is_accessed_once_leaves_first() -> None:
+    """Where half of the cache is not enough, hints give the whole of it to what is read again:
+    forward needs no more, backward less."""
+    call = Call((2, 64, 112, 112), True, activation="relu", residual=True)
+    found, without = simulated(call, "persistent"), simulated(call, "persistent", hints=False)
+    left = {"forward": 0.01, "backward": 0.7}
+    for direction, (least, model) in expected(call, "persistent").items():
+        assert least <= found[direction] < model
+        assert found[direction] - least < left[direction] * (without[direction] - least)

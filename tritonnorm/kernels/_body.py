@@ -38,17 +38,20 @@ def store_output(
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    ONCE: tl.constexpr,  # eviction policy of what is accessed here, or ""
 ):
     """Normalize, scale, shift, add, activate; write the output and the bits of the gate."""
     residual = None
     if residual_ptr is not None:
-        residual = tl.load(residual_ptr + base + lane, mask=valid, other=0.0).to(x.dtype)
+        residual = tl.load(residual_ptr + base + lane, mask=valid, other=0.0, eviction_policy=ONCE)
+        residual = residual.to(x.dtype)
     v = epilogue.pre_activation(x, residual, mean, scale, shift)
     if leak is None:
         y = epilogue.activate(v, ACT, A, B)
     else:
         y = epilogue.prelu(v, leak)
-    tl.store(y_ptr + base + lane, y.to(y_ptr.dtype.element_ty), mask=valid)
+    y = y.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + base + lane, y, mask=valid, eviction_policy=ONCE)
     if mask_ptr is not None:
         bytes_at, bytes_valid = tile.bit_offsets(
             c0, n0, p0, N, C, P, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST
@@ -86,12 +89,13 @@ def load_gradient(
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    ONCE: tl.constexpr,
 ):
     """The gradient g at the pre-activation, [BLOCK_C, BLOCK_M]; it is that of the residual too.
 
     Where no element is, dy reads as 0 and g is 0: sums need not ask what is valid. With g come
     the terms of the gradient of a learned slope; without one g again, for nothing."""
-    g = tl.load(dy_ptr + base + lane, mask=valid, other=0.0).to(mean.dtype)
+    g = tl.load(dy_ptr + base + lane, mask=valid, other=0.0, eviction_policy=ONCE).to(mean.dtype)
     of_leak = g
     if mask_ptr is not None:
         bytes_at, bytes_valid = tile.bit_offsets(
@@ -103,14 +107,16 @@ def load_gradient(
     elif GRADIENT is not None or GATE is not None or leak is not None:
         residual = None
         if residual_ptr is not None:
-            residual = tl.load(residual_ptr + base + lane, mask=valid, other=0.0).to(mean.dtype)
+            residual = tl.load(residual_ptr + base + lane, mask=valid, other=0.0,
+                eviction_policy=ONCE).to(mean.dtype)  # fmt: skip
         v = epilogue.pre_activation(x, residual, mean, scale, shift)
         if leak is None:
             g = epilogue.activation_gradient(v, g, valid, GRADIENT, GATE, GATED, A, B)
         else:
             g, of_leak = epilogue.prelu_gradient(v, g, leak)
     if dresidual_ptr is not None:
-        tl.store(dresidual_ptr + base + lane, g.to(dresidual_ptr.dtype.element_ty), mask=valid)
+        dresidual = g.to(dresidual_ptr.dtype.element_ty)
+        tl.store(dresidual_ptr + base + lane, dresidual, mask=valid, eviction_policy=ONCE)
     return g, of_leak
 
 

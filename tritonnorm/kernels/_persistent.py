@@ -42,6 +42,7 @@ def forward_kernel(
     xs_p,
     STREAMED,  # chunks of a program that it reads twice
     GROUPS,  # of channel blocks, one after the other
+    ONCE: tl.constexpr,  # eviction policy of what is not accessed again
     KEPT: tl.constexpr,  # chunks of a program that stay in its registers
     BATCH: tl.constexpr,  # of the others, chunks whose loads are in flight together
     SPLITS: tl.constexpr,  # programs that share a channel block
@@ -97,7 +98,9 @@ def forward_kernel(
         for k in tl.static_range(KEPT):
             n0, p0 = tile.chunk_origin(kept_from + k, P, BLOCK_N, BLOCK_P, CHANNELS_LAST)
             valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
-            xs = xs + (tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=valid, other=0.0),)
+            x = tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=valid, other=0.0,
+                eviction_policy=ONCE)  # fmt: skip
+            xs = xs + (x,)
         for k in tl.static_range(KEPT):
             n0, p0 = tile.chunk_origin(kept_from + k, P, BLOCK_N, BLOCK_P, CHANNELS_LAST)
             there = tile.valid_columns(lane_n, lane_p, n0, p0, N, P)
@@ -143,7 +146,7 @@ def forward_kernel(
             body.store_output(
                 xs[k].to(ACC), mean, scale, shift, leak, y_ptr, residual_ptr, mask_ptr,
                 n0 * s_n + p0 * s_p, lane, valid, c0, n0, p0, N, C, P,
-                ACT, GATE, A, B, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST,
+                ACT, GATE, A, B, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST, ONCE,
             )  # fmt: skip
         for i in range(0, STREAMED, BATCH):
             raws = ()
@@ -153,7 +156,7 @@ def forward_kernel(
                 )
                 valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
                 x_at = x_ptr + (n0 * x_n + p0 * x_p) + x_lane
-                raws = raws + (tl.load(x_at, mask=valid, other=0.0),)
+                raws = raws + (tl.load(x_at, mask=valid, other=0.0, eviction_policy=ONCE),)
             for k in tl.static_range(BATCH):
                 n0, p0 = tile.chunk_after(
                     kept_from - 1 - i - k, first, N, P, BLOCK_N, BLOCK_P, CHANNELS_LAST
@@ -162,7 +165,7 @@ def forward_kernel(
                 body.store_output(
                     raws[k].to(ACC), mean, scale, shift, leak, y_ptr, residual_ptr, mask_ptr,
                     n0 * s_n + p0 * s_p, lane, valid, c0, n0, p0, N, C, P,
-                    ACT, GATE, A, B, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST,
+                    ACT, GATE, A, B, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST, ONCE,
                 )  # fmt: skip
     if counter_ptr is not None:
         if not CUMULATIVE:
@@ -196,6 +199,7 @@ def backward_kernel(
     xs_p,
     STREAMED,
     GROUPS,
+    ONCE: tl.constexpr,
     KEPT: tl.constexpr,
     BATCH: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -246,7 +250,7 @@ def backward_kernel(
                 g, of_leak = body.load_gradient(
                     x, mean, scale, shift, leak, dy_ptr, residual_ptr, mask_ptr, None,
                     n0 * s_n + p0 * s_p, lane, valid, c0, n0, p0, N, C, P,
-                    GRADIENT, GATE, GATED, A, B, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST,
+                    GRADIENT, GATE, GATED, A, B, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST, "",
                 )  # fmt: skip
                 sums_g += g
                 sums_gx += g * (x - mean[:, None])
@@ -257,10 +261,12 @@ def backward_kernel(
         for k in tl.static_range(KEPT):
             n0, p0 = tile.chunk_origin(kept_from + k, P, BLOCK_N, BLOCK_P, CHANNELS_LAST)
             valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
-            raw = tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=valid, other=0.0)
+            raw = tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=valid, other=0.0,
+                eviction_policy=ONCE)  # fmt: skip
             x = raw.to(ACC)
             if KEEP_DY:
-                dy = tl.load(dy_ptr + (n0 * s_n + p0 * s_p) + lane, mask=valid, other=0.0)
+                dy = tl.load(dy_ptr + (n0 * s_n + p0 * s_p) + lane, mask=valid, other=0.0,
+                    eviction_policy=ONCE)  # fmt: skip
                 g, of_leak = body.gradient(
                     x, dy.to(ACC), mean, scale, shift, leak, valid, GRADIENT, GATE, GATED, A, B
                 )
@@ -269,7 +275,7 @@ def backward_kernel(
                 g, of_leak = body.load_gradient(
                     x, mean, scale, shift, leak, dy_ptr, residual_ptr, mask_ptr, dresidual_ptr,
                     n0 * s_n + p0 * s_p, lane, valid, c0, n0, p0, N, C, P,
-                    GRADIENT, GATE, GATED, A, B, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST,
+                    GRADIENT, GATE, GATED, A, B, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST, ONCE,
                 )  # fmt: skip
                 gs = gs + (g,)
             sums_g += g
@@ -309,17 +315,18 @@ def backward_kernel(
                     x, g, mean, scale, shift, leak, True, GRADIENT, GATE, GATED, A, B
                 )
             dx = body.input_gradient(g, x, mean, mean_g, slope, scale)
-            base = n0 * s_n + p0 * s_p
-            tl.store(dx_ptr + base + lane, dx.to(dx_ptr.dtype.element_ty), mask=valid)
+            base, dx = n0 * s_n + p0 * s_p, dx.to(dx_ptr.dtype.element_ty)
+            tl.store(dx_ptr + base + lane, dx, mask=valid, eviction_policy=ONCE)
         for i in range(STREAMED):
             n0, p0 = tile.chunk_origin(kept_from - 1 - i, P, BLOCK_N, BLOCK_P, CHANNELS_LAST)
             valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
-            x = tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=valid, other=0.0).to(ACC)
+            x = tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=valid, other=0.0,
+                eviction_policy=ONCE).to(ACC)  # fmt: skip
             g, of_leak = body.load_gradient(
                 x, mean, scale, shift, leak, dy_ptr, residual_ptr, mask_ptr, dresidual_ptr,
                 n0 * s_n + p0 * s_p, lane, valid, c0, n0, p0, N, C, P,
-                GRADIENT, GATE, GATED, A, B, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST,
+                GRADIENT, GATE, GATED, A, B, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST, ONCE,
             )  # fmt: skip
             dx = body.input_gradient(g, x, mean, mean_g, slope, scale)
-            base = n0 * s_n + p0 * s_p
-            tl.store(dx_ptr + base + lane, dx.to(dx_ptr.dtype.element_ty), mask=valid)
+            base, dx = n0 * s_n + p0 * s_p, dx.to(dx_ptr.dtype.element_ty)
+            tl.store(dx_ptr + base + lane, dx, mask=valid, eviction_policy=ONCE)

@@ -98,7 +98,7 @@ def forward_kernel(
         body.store_output(
             xs[chunk].to(ACC), mean, scale, shift, leak, y_ptr, residual_ptr, mask_ptr,
             base, lane, valid, c0, n0, p0, N, C, P,
-            ACT, GATE, A, B, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST,
+            ACT, GATE, A, B, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST, "",
         )  # fmt: skip
 
 
@@ -180,7 +180,7 @@ def backward_kernel(
             g, of_leak = body.load_gradient(
                 x, mean, scale, shift, leak, dy_ptr, residual_ptr, mask_ptr, dresidual_ptr,
                 base, lane, valid, c0, n0, p0, N, C, P,
-                GRADIENT, GATE, GATED, A, B, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST,
+                GRADIENT, GATE, GATED, A, B, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST, "",
             )  # fmt: skip
             gs = gs + (g,)
         sums_g += g

@@ -41,6 +41,7 @@ class Config:
         num_warps: warps of a program.
         kept: chunks of a program that stay in its registers (`persistent`).
         at_once: channel blocks that are worked on at the same time (`persistent`).
+        evict_first: whether data accessed once are to leave the cache first (`persistent`).
     """
 
     block_c: int
@@ -50,6 +51,7 @@ class Config:
     num_warps: int = 4
     kept: int = 0
     at_once: int = 0
+    evict_first: bool = False
 
     @property
     def tile(self) -> int:
@@ -200,7 +202,7 @@ class Algorithm(Protocol):
 # issue 1002).
 LAUNCH_SECONDS = 3e-6
 # The share of the L2 cache that a second read may count on, beside what is written at the same
-# time. An estimate, to be measured.
+# time: an ideal cache's share (`tests/compiled/test_cache.py`); a GPU's is to be measured.
 L2_SHARE = 0.5
 DEFAULT_BANDWIDTH = 1e12  # where a device does not tell its own; only ratios matter then
 

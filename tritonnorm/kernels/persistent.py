@@ -4,11 +4,13 @@ The programs of a channel block keep what they can of it in registers, and leave
 cache. After the first pass they exchange moments (or sums) and meet; the second pass takes the
 registers first, then the rest in reverse. Channel blocks that do not fit together go one group
 after the other, and each set of programs goes on to its next block without waiting for the other
-sets. Forward moves 2S and backward 3S as far as a group fits in registers and L2.
+sets. Forward moves 2S and backward 3S as far as a group fits in registers and L2; where it does
+not, what is accessed once is marked to leave the cache first.
 """
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -88,7 +90,8 @@ class Persistent:
                 readable = MEETING_VALUES * warps // max(16, tiling.block_c)
                 splits = min(programs // sets, chunks, readable)
                 if splits >= 2:
-                    found.append(self._filled(problem, device, tiling, sets, splits))
+                    config = self._filled(problem, device, tiling, sets, splits)
+                    found += [config, replace(config, evict_first=False)]
                 at_once *= 2
         return sorted(dict.fromkeys(found), key=lambda c: self.predict(problem, c, device))
 
@@ -161,13 +164,15 @@ class Persistent:
         payload = next(most for arch, most in PAYLOAD.items() if device.arch.startswith(arch))
         threads = tiling.num_warps * device.warp
         room = int(payload * threads / (registers_kept(problem) * tiling.tile))
-        return Config(
+        config = Config(
             *(tiling.block_c, tiling.block_n, tiling.block_p),
             splits=cdiv(tiling.chunks(problem), own),
             num_warps=tiling.num_warps,
             kept=min(own, room),
             at_once=sets,
         )
+        cached = self.dram_bytes(problem, config, device) == minimum_bytes(problem)
+        return config if cached else replace(config, evict_first=True)
 
     def forward(
         self, problem: Problem, config: Config, epilogue: EpilogueArguments
@@ -217,6 +222,7 @@ class Persistent:
             config.num_warps,
             cooperative=True,
             **meta,
+            ONCE="evict_first" if config.evict_first else "",
             KEPT=config.kept,
             BATCH=max(1, BATCH_BYTES // problem.dtype.itemsize // tensors),
             SPLITS=config.splits,

@@ -9,8 +9,8 @@ from __future__ import annotations
 __all__ = ["REVISIONS"]
 
 REVISIONS: dict[str, int] = {
-    "resident": 2,
-    "persistent": 2,
+    "resident": 3,
+    "persistent": 3,
     "split": 2,
     "affine": 1,
     "masked": 2,
