@@ -185,6 +185,21 @@ def test_fields(kind: str) -> None:
     assert torch.equal(found, signed([field(a, s, n, kind == "s32") for a, s, n in rows]))
 
 
+def inserted(value: int, into: int, start: int, length: int) -> int:
+    """The definition of bfi, bit by bit."""
+    places = range(start, min(start + length, 32))
+    return sum(((value >> i - start if i in places else into >> i) & 1) << i for i in range(32))
+
+
+def test_fields_that_are_inserted() -> None:
+    into, length = INTEGERS.flip(0).contiguous(), (AMOUNTS * 7) % 37
+    found = calculated("bfi.b32", [INTEGERS, into, AMOUNTS, length], torch.int32)
+    rows = zip(
+        *(unsigned(INTEGERS), unsigned(into), AMOUNTS.tolist(), length.tolist()), strict=True
+    )
+    assert torch.equal(found, signed([inserted(*row) for row in rows]))
+
+
 def test_bytes() -> None:
     other, selector = INTEGERS.flip(0).contiguous(), INTEGERS * 3
 

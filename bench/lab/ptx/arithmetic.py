@@ -86,6 +86,13 @@ def _field(signed: bool, bits: int) -> Callable[[Array, Array, Array], Array]:
     return extracted
 
 
+def _inserted(a: Array, b: Array, start: Array, length: Array) -> Array:
+    """``bfi``: b with the low bits of a in a place of their own."""
+    begin, size = (np.minimum(n & 0xFF, 32).astype(np.uint64) for n in (start, length))
+    of = ((np.uint64(1) << size) - np.uint64(1)) << begin
+    return (b.astype(np.uint64) & ~of) | (a.astype(np.uint64) << begin & of)
+
+
 def _permuted(a: Array, b: Array, selector: Array) -> Array:
     both = a.astype(np.uint64) | (b.astype(np.uint64) << np.uint64(32))
     found = np.zeros(np.broadcast(both, selector).shape, np.uint64)
@@ -241,6 +248,8 @@ def _of_integers(base: str, kind: str, modifiers: list[str]) -> Operation:
         return Operation((kind, "u32"), kind, compute)
     if base == "bfe":
         return Operation((kind, "u32", "u32"), kind, _field(kind[0] == "s", bits))
+    if base == "bfi" and bits == 32:
+        return Operation((kind, kind, "u32", "u32"), kind, _inserted)
     if base == "prmt":
         return Operation(("b32",) * 3, "b32", _permuted)
     if base == "shf":
