@@ -41,7 +41,8 @@ def test_a_mode_sees_the_operators() -> None:
 
 def test_a_profiler_sees_the_operators() -> None:
     x = torch.randn(3, 4, 5, 5, requires_grad=True)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         step(tritonnorm.BatchNorm2d(4), x)
     names = {event.key for event in profile.key_averages()}
     assert {"tritonnorm::batch_norm_training", "tritonnorm::batch_norm_backward"} <= names

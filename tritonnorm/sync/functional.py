@@ -163,11 +163,15 @@ class SyncFunction(torch.autograd.Function):
         return (*gradients, *(None,) * 10)
 
 
+def _by_torch(*args: Any) -> Tensor:
+    return SyncFunction.apply(*args)
+
+
 # In a graph of torch 2.11 the gradients of the fallback are wrong by as much as themselves, with
-# the backend "eager" too; those of 2.13 are right. Before that it runs outside the graph.
-_by_torch = SyncFunction.apply
+# the backend "eager" too; those of 2.13 are right. Before that it runs outside the graph. What
+# `torch.compiler.disable` loads at once, triton among it, this loads at the first call.
 if torch.__version__ < "2.13":
-    _by_torch = torch.compiler.disable(_by_torch)
+    _by_torch = torch._disable_dynamo(_by_torch)
 
 
 def _gather(moments: Tensor, ranks: int, group: str) -> Tensor:
