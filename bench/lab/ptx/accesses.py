@@ -12,7 +12,7 @@ from bench.lab.ptx.memory import MemoryFault
 from bench.lab.ptx.operands import Operands, names
 from bench.lab.ptx.values import Array, bits_of, packed, typed, unsigned, width
 
-__all__ = ["atomic", "load", "load_matrix", "reduction", "store", "store_matrix"]
+__all__ = ["atomic", "copy", "load", "load_matrix", "reduction", "store", "store_matrix"]
 
 _ATOMIC: dict[str, Callable[..., Any]] = {
     "add": np.add, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
@@ -101,6 +101,64 @@ def store(o: Operands) -> Step:
                 program, warp = group.places
                 group.shared.store(program[on], warp[on], at, values)
         group.progress += 1
+
+    return step
+
+
+def copy(o: Operands) -> Step:
+    """``cp.async`` and what it is waited for with."""
+    others = {"ca": _begin_copy, "cg": _begin_copy, "commit_group": _commit, "wait_group": _wait,
+              "wait_all": _wait}  # fmt: skip
+    return others[o.modifiers[1]](o)
+
+
+def _begin_copy(o: Operands) -> Step:
+    """Some of the bytes may be read, and the others are zeros. None arrives before it is waited
+    for."""
+    hinted = "L2::cache_hint" in o.modifiers
+    to, come_from, most, *read = o.written[:-1] if hinted else o.written
+    address, origin, size = o.address(to), o.address(come_from), int(most, 0)
+    asked, first = o.source((read or [most])[0], "b32"), _evict_first(o)
+
+    def step(group: Group) -> None:
+        where, there = group.wide(address(group)), group.wide(origin(group))
+        on, bytes_read = group.wide(o.active(group)), group.wide(asked(group))
+        if (on & (bytes_read > size)).any():
+            raise MemoryFault(f"a copy of {size} bytes reads more")
+        _check_aligned(there, on, size)
+        bytes_read = np.where(on, bytes_read, 0)
+        for each in np.unique(bytes_read[bytes_read > 0]).tolist():
+            group.counts.request("ld", there, bytes_read == each, each, first(group))
+        program, warp = group.places
+        group.shared.expect(program[on], warp[on], where[on], size)
+        group.copies.begin(where, _with_zeros(group, there, bytes_read, size), on)
+
+    return step
+
+
+def _with_zeros(group: Group, where: Array, read: Array, size: int) -> Array:
+    """The bytes at addresses as far as they are read, [programs, threads, size]."""
+    unit = 1 if (read % min(size, 8)).any() else min(size, 8)
+    units = [
+        _from_global(group, where + where.dtype.type(i), read > i, 8 * unit)
+        for i in range(0, size, unit)
+    ]
+    return np.stack(units, axis=-1).view(np.uint8)
+
+
+def _commit(o: Operands) -> Step:
+    return lambda group: group.copies.commit(o.active(group))
+
+
+def _wait(o: Operands) -> Step:
+    """What arrives is written as by the warp that began to copy it."""
+    newest = int(o.written[0], 0) if o.written else None
+
+    def step(group: Group) -> None:
+        program, warp = group.places
+        for found in group.copies.arrive(o.active(group), newest):
+            on = found.on
+            group.shared.arrive(program[on], warp[on], found.address[on], found.values[on])
 
     return step
 

@@ -138,6 +138,7 @@ _OTHERS: dict[str, Callable[[Operands], Step]] = {
     "st": accesses.store,
     "atom": accesses.atomic,
     "red": accesses.reduction,
+    "cp": accesses.copy,
     "ldmatrix": accesses.load_matrix,
     "stmatrix": accesses.store_matrix,
 }

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from bench.lab.ptx.cache import SECTOR, Cache
+from bench.lab.ptx.copies import Copies
 from bench.lab.ptx.memory import GlobalMemory, MemoryFault, SharedMemory
 from bench.lab.ptx.parse import Instruction, Kernel
 from bench.lab.ptx.values import Array
@@ -78,6 +79,7 @@ class Group:
     Attributes:
         programs: their numbers in the grid.
         registers: name -> array [programs or 1, threads or 1].
+        copies: to shared memory that are on their way.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class Group:
         self.programs, self.threads, self.shared, self.memory = programs, threads, shared, memory
         self.registers = dict(constants)
         self.counts = counts
+        self.copies = Copies(len(programs), threads)
         self.pc = 0
         self.progress = 0  # stores so far
         self.mask: Array | None = None  # threads that run, while some of a program do not
@@ -104,6 +107,7 @@ class Group:
             self.programs[chosen], self.threads, own, self.shared.part(chosen), self.memory,
             self.counts,
         )  # fmt: skip
+        found.copies = self.copies.part(chosen)
         found.pc, found.progress = self.pc, self.progress
         return found
 

@@ -1,7 +1,7 @@
 """Global memory that is a process's own tensors, shared memory of each program, and checks of both.
 
 What an access may not do raises `MemoryFault`: outside of every tensor, misaligned, or in shared
-memory that another warp writes or reads without a barrier between.
+memory that another warp writes or reads without a barrier between, or that a copy is on its way to.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from bench.lab.ptx.values import Array, unsigned
 __all__ = ["GlobalMemory", "MemoryFault", "SharedMemory"]
 
 _ALIGNED = 16  # bytes: the widest access, and never across a page
+_COMING = -2  # epoch of a write by a copy that is on its way
 
 
 class MemoryFault(RuntimeError):
@@ -95,7 +96,7 @@ class SharedMemory:
     """Shared memory of programs, and who touched which byte of it since the last barrier.
 
     Warps of a program are ordered only by barriers: a byte that one warp writes must not be read or
-    changed by another before both have met.
+    changed by another before both have met. Where a copy is on its way to, none has access.
     """
 
     def __init__(self, programs: int, size: int) -> None:
@@ -123,6 +124,8 @@ class SharedMemory:
         """Values at addresses. All arguments are [lanes], of active lanes only."""
         at, who, now = self._touched(program, warp, address, bits // 8)
         writer, written = self._writer.ravel()[at], self._written.ravel()[at]
+        if (written == _COMING).any():
+            raise MemoryFault("a warp reads what has not arrived")
         if ((written == now) & (writer != who)).any():
             raise MemoryFault("a warp reads what another wrote, without a barrier between")
         reader, read = self._reader.reshape(-1), self._read.reshape(-1)
@@ -135,19 +138,37 @@ class SharedMemory:
         """Write values. All arguments are [lanes], of active lanes only."""
         at, who, now = self._touched(program, warp, address, values.dtype.itemsize)
         parts = np.ascontiguousarray(values)[:, None].view(np.uint8).reshape(-1)
-        memory, writer, written = (
-            a.reshape(-1) for a in (self._bytes, self._writer, self._written)
-        )
-        reader, read = self._reader.reshape(-1), self._read.reshape(-1)
-        if ((read[at] == now) & (reader[at] != who)).any():
+        self._check_change(at, who, now, self._bytes.reshape(-1)[at] != parts)
+        self._write(at, who, now, parts)
+
+    def expect(self, program: Array, warp: Array, address: Array, size: int) -> None:
+        """Copies of ``size`` bytes begin. All other arguments are [lanes], of active lanes only."""
+        at, who, now = self._touched(program, warp, address, size)
+        self._check_change(at, who, now, np.ones(at.shape, np.bool_))
+        self._written.reshape(-1)[at] = _COMING
+
+    def arrive(self, program: Array, warp: Array, address: Array, values: Array) -> None:
+        """What copies bring, [lanes, bytes]. The others are [lanes], of active lanes only."""
+        touched = self._touched(program, warp, address, values.shape[1])
+        self._write(*touched, values.reshape(-1))
+
+    def _check_change(self, at: Array, who: Array, now: Array, differs: Array) -> None:
+        """Whether warps may change bytes, where what they write differs."""
+        writer, written = self._writer.reshape(-1)[at], self._written.reshape(-1)[at]
+        reader, read = self._reader.reshape(-1)[at], self._read.reshape(-1)[at]
+        if (written == _COMING).any():
+            raise MemoryFault("a warp writes where a copy is on its way to")
+        if ((read == now) & (reader != who)).any():
             raise MemoryFault("a warp writes what another read, without a barrier between")
-        other = (written[at] == now) & (writer[at] != who)
-        if (other & (memory[at] != parts)).any():
+        if ((written == now) & (writer != who) & differs).any():
             raise MemoryFault("a warp writes what another wrote, without a barrier between")
+
+    def _write(self, at: Array, who: Array, now: Array, parts: Array) -> None:
+        memory = self._bytes.reshape(-1)
         memory[at] = parts
         if (memory[at] != parts).any():
             raise MemoryFault("threads write different values to one place at once")
-        writer[at], written[at] = who, now
+        self._writer.reshape(-1)[at], self._written.reshape(-1)[at] = who, now
 
     def _touched(
         self, program: Array, warp: Array, address: Array, size: int
