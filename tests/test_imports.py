@@ -50,7 +50,7 @@ ROOMS = (
     Room("conditions", ours=("device", "settings")),
     *(Room(leaf, ours=()) for leaf in LEAVES),
     Room("kernels._body", ours=("kernels._tile", "kernels._epilogue"), theirs=("triton",)),
-    Room("kernels._persistent", ours=("kernels._*",), theirs=("triton",), without=("os",)),
+    Room("kernels._persistent*", ours=("kernels._*",), theirs=("triton",), without=("os",)),
     Room("kernels._resident", ours=("kernels._*",), theirs=("triton",), without=("os",)),
     Room(
         "kernels._groups",

@@ -32,7 +32,7 @@ WHOLE = {"activation": "relu", "residual": "contiguous"}
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiny tensors have several chunks."""
-    monkeypatch.setattr(persistent, "TILE", 32)
+    monkeypatch.setattr(persistent, "TILE", 16)
 
 
 def configs(call: Call, direction: str) -> list[Config]:
@@ -60,11 +60,11 @@ CASES = [
     Case((3, 20, 5, 5), "channels_last", activation="prelu", slope="shared", residual="contiguous"),
     Case((3, 9, 6, 6), activation="prelu", slope="channel", needs="xs", affine="none"),
     Case((3, 5, 70), activation="hardswish", affine="none", track=False),
-    Case((2, 17, 3, 3, 4), "channels_last", activation="relu"),
+    Case((2, 18, 3, 3, 4), "channels_last", activation="relu"),
     Case((9, 3, 5, 6), "channel_slice", **WHOLE),
-    Case((3, 9, 6, 6), "channels_last_slice", needs="xr", **WHOLE),
+    Case((3, 10, 6, 6), "channels_last_slice", needs="xr", **WHOLE),
     Case((3, 9, 6, 6), "contiguous", mean=1e4, std=1.0),
-    Case((3, 9, 6, 6), "channels_last", mean=1e4, std=1.0),
+    Case((3, 10, 6, 6), "channels_last", mean=1e4, std=1.0),
 ]
 
 
@@ -89,6 +89,7 @@ CALLS = [
     Call((12, 3, 3, 20), False, torch.bfloat16, "silu", True),
     Call((3, 20, 4, 5), True, torch.float32, "relu", True),
     Call((12, 3, 3, 20), False, torch.bfloat16, "prelu"),
+    Call((6, 3, 5, 20), False, torch.bfloat16, "relu", True),  # rows of a mask: 12.5 bytes
 ]
 
 
@@ -129,14 +130,29 @@ def test_semaphores_need_no_reset(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == {0, -(2**31)}  # an odd number of meetings leaves the top bit
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_programs_that_run_ahead(seed: int) -> None:
+    """One may have begun the third group after that whose moments another is about to read."""
+    call = Call((8, 9, 3, 20), False, torch.float32)
+    for i, direction in enumerate(DIRECTIONS):
+        config = configs(call, direction)[0]
+        with simulated(SMALL), trace() as traffic, interleaved(seed):
+            x = call.tensors(generator=torch.Generator().manual_seed(seed))
+            with force_plan("persistent", config):
+                y = x.forward()
+                if i:
+                    x.backward(y)
+        traffic.raise_on_race()
+
+
 @triton.jit
-def no_meeting(semaphore_ptr, leader, programs):
+def no_meeting(semaphore_ptr, before):
     """Nobody waits."""
 
 
 def test_without_the_meeting_it_is_a_race(monkeypatch: pytest.MonkeyPatch) -> None:
     """The instrument itself: the same launches without the barrier are caught."""
-    monkeypatch.setattr(_barrier, "meet", no_meeting)
+    monkeypatch.setattr(_barrier, "wait", no_meeting)
     with pytest.raises(RaceError, match="partial_ptr"):
         count(CALLS[0], "persistent", SMALL, configs(CALLS[0], "forward")[0])
 
@@ -154,7 +170,7 @@ def test_plain_interpreter_is_refused() -> None:
 def test_never_more_programs_than_fit(monkeypatch: pytest.MonkeyPatch, device: Device) -> None:
     """Eight warps on each multiprocessor, and no program without work."""
     monkeypatch.undo()
-    payload = next(n for arch, n in persistent.PAYLOAD.items() if device.arch.startswith(arch))
+    payload = next(max(n) for a, n in persistent.PAYLOAD.items() if device.arch.startswith(a))
     seen = 0
     for problem in PROBLEMS:
         if PERSISTENT.supports(problem, device) is not None:
@@ -170,7 +186,8 @@ def test_never_more_programs_than_fit(monkeypatch: pytest.MonkeyPatch, device: D
             kept = config.kept * config.tile * registers_kept(problem)
             assert kept <= payload * config.num_warps * device.warp
             moved = PERSISTENT.dram_bytes(problem, config, device)
-            assert not config.evict_first or moved > minimum_bytes(problem)
+            spared = config.overlaps or moved > minimum_bytes(problem)
+            assert not config.evict_first or spared
             seen += 1
     assert seen > 100
 

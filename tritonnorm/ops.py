@@ -126,7 +126,7 @@ def _saved(
             mean = x.new_empty(problem.view.c, dtype=problem.accumulator)
         rstd = torch.empty_like(mean)
     if problem.mask:
-        mask = x.new_empty(problem.view.mask_bytes, dtype=torch.uint8)
+        mask = x.new_empty(problem.view.mask_room, dtype=torch.uint8)
     return mean, rstd, mask
 
 
@@ -330,7 +330,6 @@ def backward(*args: Any) -> Gradients:
 def unpack_mask(mask: Tensor, x: Tensor) -> Tensor:
     """The bits of a mask as a boolean tensor of the shape of ``x``."""
     view, dense, _ = view_of(x.shape, x.stride())
-    rows = mask.reshape(-1, -(-view.fast // 8))
-    bits = (rows[:, :, None] >> torch.arange(8, device=mask.device)) & 1
-    in_memory_order = bits.reshape(rows.shape[0], -1)[:, : view.fast].reshape(-1).bool()
-    return in_memory_order.as_strided(x.shape, dense)
+    bits = view.mask_bits(mask)
+    in_memory_order = bits.transpose(1, 2) if view.channels_last else bits
+    return in_memory_order.reshape(-1).as_strided(x.shape, dense)

@@ -56,8 +56,33 @@ class View:
 
     @property
     def mask_bytes(self) -> int:
-        """Bytes of a one-bit mask: rows of the dense order, each padded to whole bytes."""
+        """Bytes of a one-bit mask that say something: rows of the dense order, each in whole
+        bytes."""
         return self.numel // self.fast * -(-self.fast // 8)
+
+    @property
+    def mask_room(self) -> int:
+        """Bytes of its memory. ``[N, C, P]`` has ``[N, C]`` rows of P bits; ``[P, C]`` has a row
+        for every eight channels, with a byte for each position. Rows begin at multiples of 4."""
+        rows, row = self.mask_rows
+        return rows * row
+
+    @property
+    def mask_rows(self) -> tuple[int, int]:
+        """How many rows the memory of a mask has, and of how many bytes."""
+        if self.channels_last:
+            return -(-self.c // 8), -(-self.p // 4) * 4
+        return self.n * self.c, -(-self.p // 32) * 4
+
+    def mask_bits(self, mask: torch.Tensor) -> torch.Tensor:
+        """A mask as ``[N, C, P]`` of booleans."""
+        rows = mask.reshape(self.mask_rows)
+        places = torch.arange(8, device=mask.device)
+        if self.channels_last:
+            bits = rows[:, None, : self.p] >> places[:, None] & 1
+            return bits.reshape(1, -1, self.p)[:, : self.c].bool()
+        bits = rows[:, :, None] >> places & 1
+        return bits.reshape(self.n, self.c, -1)[:, :, : self.p].bool()
 
     @classmethod
     def of(

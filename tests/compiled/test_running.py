@@ -62,7 +62,7 @@ def test_other_gpus(name: str, case: Case, way: Way) -> None:
 
 @pytest.mark.parametrize("case", MEETING, ids=str)
 def test_programs_that_meet(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(persistent, "TILE", 32)
+    monkeypatch.setattr(persistent, "TILE", 16)
     with emulated(SMALL) as found:
         matrix.check(case, "cpu", "persistent")
     assert [name for name, _ in found.launches] == ["forward_kernel", "backward_kernel"]

@@ -15,9 +15,21 @@ def meet(semaphore_ptr, leader, programs):
 
     semaphore_ptr  # [] int32; leader: true in one of them; programs: how many, at least 2
     """
+    wait(semaphore_ptr, arrive(semaphore_ptr, leader, programs))
+
+
+@triton.jit
+def arrive(semaphore_ptr, leader, programs):
+    """Tell the others that this program is here, and go on; what comes back is for `wait`, which
+    has to come before the next `arrive` at the same semaphore."""
     tl.debug_barrier()  # what the threads of this program stored comes before its arrival
     step = tl.where(leader, 2147483647 - (programs - 2), 1)
-    before = tl.atomic_add(semaphore_ptr, step, sem="acq_rel", scope="gpu")
+    return tl.atomic_add(semaphore_ptr, step, sem="acq_rel", scope="gpu")
+
+
+@triton.jit
+def wait(semaphore_ptr, before):
+    """Wait until all programs have arrived; `before` is what `arrive` returned."""
     now = before
     while ((now ^ before) & -2147483648) == 0:
         now = tl.atomic_add(semaphore_ptr, 0, sem="acquire", scope="gpu")

@@ -12,8 +12,26 @@ from . import _tile as tile
 
 
 @triton.jit
+def load_residual(
+    residual_ptr,  # [N, C, P] dense, or None
+    x,  # comes back where there is no residual, for nothing
+    at,
+    valid,
+    ONCE: tl.constexpr,  # eviction policy of what is accessed here, or ""
+):
+    """The residual of a tile as it is. Apart from `store_output`: no load may pass a store, so what
+    is to be on its way together is loaded before the first of them."""
+    if residual_ptr is None:
+        return x
+    else:
+        other = tile.zero(valid)
+        return tl.load(residual_ptr + at, mask=valid, other=other, eviction_policy=ONCE)
+
+
+@triton.jit
 def store_output(
     x,  # [BLOCK_C, BLOCK_M] accumulator dtype
+    residual,  # [BLOCK_C, BLOCK_M] by `load_residual`
     mean,  # [BLOCK_C]
     scale,  # [BLOCK_C] weight * rstd
     shift,  # [BLOCK_C] bias
@@ -38,14 +56,13 @@ def store_output(
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
-    ONCE: tl.constexpr,  # eviction policy of what is accessed here, or ""
+    ONCE: tl.constexpr,
 ):
     """Normalize, scale, shift, add, activate; write the output and the bits of the gate."""
-    residual = None
+    added = None
     if residual_ptr is not None:
-        residual = tl.load(residual_ptr + base + lane, mask=valid, other=0.0, eviction_policy=ONCE)
-        residual = residual.to(x.dtype)
-    v = epilogue.pre_activation(x, residual, mean, scale, shift)
+        added = residual.to(x.dtype)
+    v = epilogue.pre_activation(x, added, mean, scale, shift)
     if leak is None:
         y = epilogue.activate(v, ACT, A, B)
     else:
@@ -61,16 +78,10 @@ def store_output(
 
 
 @triton.jit
-def load_gradient(
-    x,  # [BLOCK_C, BLOCK_M] accumulator dtype; None where no activation is recomputed
-    mean,  # [BLOCK_C] accumulator dtype
-    scale,  # [BLOCK_C] weight * rstd
-    shift,  # [BLOCK_C] bias
-    leak,  # [BLOCK_C] learned slope, or None
+def load_gradients(
     dy_ptr,  # [N, C, P] dense
     residual_ptr,  # [N, C, P] dense, or None
     mask_ptr,  # bit mask of the gate, or None
-    dresidual_ptr,  # [N, C, P] dense, out, or None
     base,
     lane,
     valid,
@@ -80,70 +91,71 @@ def load_gradient(
     N,
     C,
     P,
-    GRADIENT: tl.constexpr,
-    GATE: tl.constexpr,
-    GATED: tl.constexpr,
-    A: tl.constexpr,
-    B: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     ONCE: tl.constexpr,
+    WORDS: tl.constexpr,  # the bits come in words
 ):
-    """The gradient g at the pre-activation, [BLOCK_C, BLOCK_M]; it is that of the residual too.
-
-    Where no element is, dy reads as 0 and g is 0: sums need not ask what is valid. With g come
-    the terms of the gradient of a learned slope; without one g again, for nothing."""
-    g = tl.load(dy_ptr + base + lane, mask=valid, other=0.0, eviction_policy=ONCE).to(mean.dtype)
-    of_leak = g
-    if mask_ptr is not None:
+    """What `gradient` needs besides x, as it is: dy, and the bits of the gate or the residual; dy
+    again where it needs neither."""
+    other = tile.zero(valid)
+    dy = tl.load(dy_ptr + base + lane, mask=valid, other=other, eviction_policy=ONCE)
+    if mask_ptr is None:
+        return dy, load_residual(residual_ptr, dy, base + lane, valid, ONCE)
+    elif WORDS:
+        at, there = tile.word_offsets(c0, n0, p0, N, C, P, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST)
+        word = tl.pointer_type(tl.int32)
+        return dy, tl.load(mask_ptr.to(word) + at, mask=there, other=0)
+    else:
         bytes_at, bytes_valid = tile.bit_offsets(
             c0, n0, p0, N, C, P, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST
         )
-        bits = tl.load(mask_ptr + bytes_at, mask=bytes_valid, other=0)
-        gate = tile.unpack_bits(bits, BLOCK_C, BLOCK_N * BLOCK_P, CHANNELS_LAST)
-        g = GATED(gate, g, A, B)
-    elif GRADIENT is not None or GATE is not None or leak is not None:
-        residual = None
-        if residual_ptr is not None:
-            residual = tl.load(residual_ptr + base + lane, mask=valid, other=0.0,
-                eviction_policy=ONCE).to(mean.dtype)  # fmt: skip
-        v = epilogue.pre_activation(x, residual, mean, scale, shift)
-        if leak is None:
-            g = epilogue.activation_gradient(v, g, valid, GRADIENT, GATE, GATED, A, B)
-        else:
-            g, of_leak = epilogue.prelu_gradient(v, g, leak)
-    if dresidual_ptr is not None:
-        dresidual = g.to(dresidual_ptr.dtype.element_ty)
-        tl.store(dresidual_ptr + base + lane, dresidual, mask=valid, eviction_policy=ONCE)
-    return g, of_leak
+        return dy, tl.load(mask_ptr + bytes_at, mask=bytes_valid, other=0)
 
 
 @triton.jit
 def gradient(
-    x,  # [BLOCK_C, BLOCK_M] accumulator dtype
-    dy,  # [BLOCK_C, BLOCK_M] accumulator dtype
-    mean,  # [BLOCK_C]
+    x,  # [BLOCK_C, BLOCK_M] accumulator dtype; None where no activation is recomputed
+    dy,  # [BLOCK_C, BLOCK_M] and
+    more,  # by `load_gradients`
+    mean,  # [BLOCK_C] accumulator dtype
     scale,  # [BLOCK_C] weight * rstd
     shift,  # [BLOCK_C] bias
     leak,  # [BLOCK_C] learned slope, or None
-    valid,  # [BLOCK_C, BLOCK_M], or True where sums do not follow
+    valid,  # [BLOCK_C, BLOCK_M]; None where all exist, or sums do not follow
+    residual_ptr,  # or None: whether `more` is a residual,
+    mask_ptr,  # or bits of the gate
     GRADIENT: tl.constexpr,
     GATE: tl.constexpr,
     GATED: tl.constexpr,
     A: tl.constexpr,
     B: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
 ):
-    """The same two without residual and mask: from what is at hand."""
-    of_leak = dy
-    if leak is not None:
-        v = epilogue.pre_activation(x, None, mean, scale, shift)
-        dy, of_leak = epilogue.prelu_gradient(v, dy, leak)
-    elif GRADIENT is not None or GATE is not None:
-        v = epilogue.pre_activation(x, None, mean, scale, shift)
-        dy = epilogue.activation_gradient(v, dy, valid, GRADIENT, GATE, GATED, A, B)
-    return dy, of_leak
+    """The gradient g at the pre-activation, [BLOCK_C, BLOCK_M]; it is that of the residual too.
+
+    Where no element is, dy reads as 0 and g is 0: sums need not ask what is valid. With g come
+    the terms of the gradient of a learned slope; without one g again, for nothing."""
+    g = dy.to(mean.dtype)
+    of_leak = g
+    if mask_ptr is not None:
+        if more.dtype == tl.int32:
+            gate = tile.unpack_words(more, dy.shape[0], dy.shape[1], CHANNELS_LAST)
+        else:
+            gate = tile.unpack_bits(more, dy.shape[0], dy.shape[1], CHANNELS_LAST)
+        g = GATED(gate, g, A, B)
+    elif GRADIENT is not None or GATE is not None or leak is not None:
+        added = None
+        if residual_ptr is not None:
+            added = more.to(mean.dtype)
+        v = epilogue.pre_activation(x, added, mean, scale, shift)
+        if leak is None:
+            g = epilogue.activation_gradient(v, g, valid, GRADIENT, GATE, GATED, A, B)
+        else:
+            g, of_leak = epilogue.prelu_gradient(v, g, leak)
+    return g, of_leak
 
 
 @triton.jit

@@ -339,10 +339,12 @@ def activation_gradient(
     B: tl.constexpr,
 ):
     """The gradient g with respect to the activation's output, carried to the pre-activation v.
-
     Where no element is it stays 0: there v is that of x = 0, and may be so far from the others that
     the activation's slope overflows."""
     if GRADIENT is not None:
-        return tl.where(valid, GRADIENT(v, g, A, B), 0.0)
+        gradient = GRADIENT(v, g, A, B)
+        if valid is not None:
+            gradient = tl.where(valid, gradient, 0.0)
+        return gradient
     else:
         return GATED(GATE(v, A, B), g, A, B)

@@ -41,6 +41,7 @@ def forward_kernel(
     A: tl.constexpr,  # parameters of the activation; of a learned slope `load_leak`'s STEP
     B: tl.constexpr,
     CHUNKS: tl.constexpr,
+    AHEAD: tl.constexpr,  # chunks of the residual that are on their way together
     VEC: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -67,6 +68,18 @@ def forward_kernel(
         n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P, CHANNELS_LAST)
         valid = tile.valid_lanes(c, end, lane_n, lane_p, n0, p0, N, P)
         xs = xs + (tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=valid, other=0.0),)
+    residuals = ()
+    for chunk in tl.static_range(AHEAD):
+        n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P, CHANNELS_LAST)
+        valid = tile.valid_lanes(c, end, lane_n, lane_p, n0, p0, N, P)
+        dense = n0 * s_n + p0 * s_p + lane
+        residuals = residuals + (body.load_residual(residual_ptr, xs[chunk], dense, valid, ""),)
+    tile.all_on_their_way(N + C + P)
+    one = tl.full([BLOCK_C], 1.0, ACC)
+    scale, shift = epilogue.affine_parameters(at, channels, one, weight_ptr, bias_ptr)
+    leak = None
+    if slope_ptr is not None:
+        leak = epilogue.load_leak(slope_ptr, at, channels, A, ACC)
     count = tl.cast(N, ACC) * tl.cast(P, ACC) * PLANE
     _, pivot, sums, squares = moments.begin_run(BLOCK_C, BLOCK_N * BLOCK_P, ACC)
     for chunk in tl.static_range(CHUNKS):
@@ -83,23 +96,27 @@ def forward_kernel(
     m2 = moments.centred(total, tile.over_plane(tl.sum(squares, 1), PLANE, WIDTH), count)
     mean = pivot + total / count
     rstd = 1.0 / tl.sqrt(m2 / count + tl.full([], eps, ACC))
-    moments.store_statistics(
-        to, mean, m2, rstd, count, channels, mean_ptr, rstd_ptr,
-        running_mean_ptr, running_var_ptr, counter_ptr, momentum, CUMULATIVE,
-    )  # fmt: skip
-    scale, shift = epilogue.affine_parameters(at, channels, rstd, weight_ptr, bias_ptr)
-    leak = None
-    if slope_ptr is not None:
-        leak = epilogue.load_leak(slope_ptr, at, channels, A, ACC)
+    scale *= rstd
     for chunk in tl.static_range(CHUNKS):
+        if chunk + AHEAD < CHUNKS:
+            n0, p0 = tile.chunk_origin(chunk + AHEAD, P, BLOCK_N, BLOCK_P, CHANNELS_LAST)
+            valid = tile.valid_lanes(c, end, lane_n, lane_p, n0, p0, N, P)
+            dense = n0 * s_n + p0 * s_p + lane
+            residual = body.load_residual(residual_ptr, xs[chunk + AHEAD], dense, valid, "")
+            residuals = residuals + (residual,)
         n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P, CHANNELS_LAST)
         valid = tile.valid_lanes(c, end, lane_n, lane_p, n0, p0, N, P)
         base = n0 * s_n + p0 * s_p
         body.store_output(
-            xs[chunk].to(ACC), mean, scale, shift, leak, y_ptr, residual_ptr, mask_ptr,
+            xs[chunk].to(ACC), residuals[chunk], mean, scale, shift, leak,
+            y_ptr, residual_ptr, mask_ptr,
             base, lane, valid, c0, n0, p0, N, C, P,
             ACT, GATE, A, B, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST, "",
         )  # fmt: skip
+    moments.store_statistics(
+        to, mean, m2, rstd, count, channels, mean_ptr, rstd_ptr,
+        running_mean_ptr, running_var_ptr, counter_ptr, momentum, CUMULATIVE,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -138,9 +155,8 @@ def backward_kernel(
     PLANE: tl.constexpr,  # columns of a channel, where C counts columns (`Problem.flat`)
     WIDTH: tl.constexpr,  # channels of a block
 ):
-    """All gradients of one channel block; x stays in registers, and dy (or g, where it depends on
-    more than x and dy)."""
-    KEEP_DY: tl.constexpr = residual_ptr is None and mask_ptr is None and dresidual_ptr is None
+    """All gradients of one channel block. What is read stays in registers as it is, and the
+    gradient at the pre-activation is computed twice from it."""
     ACC: tl.constexpr = rstd_ptr.dtype.element_ty
     C, P = tile.hint_fast_axis(C, P, VEC, CHANNELS_LAST)
     STEP: tl.constexpr = WIDTH * PLANE
@@ -153,41 +169,44 @@ def backward_kernel(
     lane_n, lane_p, s_n, s_p, lane, x_n, x_p, x_lane = tile.frame(
         c, C, P, xs_n, xs_c, xs_p, BLOCK_N, BLOCK_P, CHANNELS_LAST
     )
+    xs = ()
+    dys = ()
+    more = ()
+    for chunk in tl.static_range(CHUNKS):
+        n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P, CHANNELS_LAST)
+        valid = tile.valid_lanes(c, end, lane_n, lane_p, n0, p0, N, P)
+        xs = xs + (tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=valid, other=0.0),)
+        dy, other = body.load_gradients(
+            dy_ptr, residual_ptr, mask_ptr, n0 * s_n + p0 * s_p, lane, valid, c0, n0, p0, N, C, P,
+            BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST, "", False,
+        )  # fmt: skip
+        dys = dys + (dy,)
+        more = more + (other,)
+    tile.all_on_their_way(N + C + P)
     mean = tl.load(mean_ptr + at, mask=at < channels, other=0.0)
     rstd = tl.load(rstd_ptr + at, mask=at < channels, other=0.0)
     scale, shift = epilogue.affine_parameters(at, channels, rstd, weight_ptr, bias_ptr)
     leak = None
     if slope_ptr is not None:
         leak = epilogue.load_leak(slope_ptr, at, channels, A, ACC)
-    xs = ()
-    gs = ()
     sums_g = tl.zeros([BLOCK_C, BLOCK_N * BLOCK_P], ACC)
     sums_gx = tl.zeros([BLOCK_C, BLOCK_N * BLOCK_P], ACC)
     sums_leak = tl.zeros([BLOCK_C, BLOCK_N * BLOCK_P], ACC)
     for chunk in tl.static_range(CHUNKS):
         n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P, CHANNELS_LAST)
         valid = tile.valid_lanes(c, end, lane_n, lane_p, n0, p0, N, P)
-        base = n0 * s_n + p0 * s_p
-        raw = tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=valid, other=0.0)
-        x = raw.to(ACC)
-        if KEEP_DY:
-            dy = tl.load(dy_ptr + base + lane, mask=valid, other=0.0)
-            g, of_leak = body.gradient(
-                x, dy.to(ACC), mean, scale, shift, leak, valid, GRADIENT, GATE, GATED, A, B
-            )
-            gs = gs + (dy,)
-        else:
-            g, of_leak = body.load_gradient(
-                x, mean, scale, shift, leak, dy_ptr, residual_ptr, mask_ptr, dresidual_ptr,
-                base, lane, valid, c0, n0, p0, N, C, P,
-                GRADIENT, GATE, GATED, A, B, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST, "",
-            )  # fmt: skip
-            gs = gs + (g,)
+        x = xs[chunk].to(ACC)
+        g, of_leak = body.gradient(
+            x, dys[chunk], more[chunk], mean, scale, shift, leak, valid, residual_ptr, mask_ptr,
+            GRADIENT, GATE, GATED, A, B, CHANNELS_LAST,
+        )  # fmt: skip
+        if dresidual_ptr is not None:
+            dense = n0 * s_n + p0 * s_p + lane
+            tl.store(dresidual_ptr + dense, g.to(dresidual_ptr.dtype.element_ty), mask=valid)
         sums_g += g
         sums_gx += g * (x - mean[:, None])
         if dslope_ptr is not None:
             sums_leak += of_leak
-        xs = xs + (raw,)
     sum_g = tile.over_plane(tl.sum(sums_g, 1), PLANE, WIDTH)
     sum_gx = tile.over_plane(tl.sum(sums_gx, 1), PLANE, WIDTH)
     if dbias_ptr is not None:
@@ -207,10 +226,9 @@ def backward_kernel(
             valid = tile.valid_lanes(c, end, lane_n, lane_p, n0, p0, N, P)
             base = n0 * s_n + p0 * s_p
             x = xs[chunk].to(ACC)
-            g = gs[chunk].to(ACC)
-            if KEEP_DY:
-                g, of_leak = body.gradient(
-                    x, g, mean, scale, shift, leak, True, GRADIENT, GATE, GATED, A, B
-                )
+            g, of_leak = body.gradient(
+                x, dys[chunk], more[chunk], mean, scale, shift, leak, None, residual_ptr, mask_ptr,
+                GRADIENT, GATE, GATED, A, B, CHANNELS_LAST,
+            )  # fmt: skip
             dx = body.input_gradient(g, x, mean, mean_g, slope, scale)
             tl.store(dx_ptr + base + lane, dx.to(dx_ptr.dtype.element_ty), mask=valid)

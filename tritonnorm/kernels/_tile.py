@@ -57,24 +57,6 @@ def chunk_origin(
 
 
 @triton.jit
-def chunk_before(
-    chunk, end, N, P, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, CHANNELS_LAST: tl.constexpr
-):
-    """The origin of a chunk, or one without any element from `end` on."""
-    n0, p0 = chunk_origin(chunk, P, BLOCK_N, BLOCK_P, CHANNELS_LAST)
-    return tl.where(chunk < end, n0, N), p0
-
-
-@triton.jit
-def chunk_after(
-    chunk, first, N, P, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, CHANNELS_LAST: tl.constexpr
-):
-    """The origin of a chunk, or one without any element before `first`."""
-    n0, p0 = chunk_origin(tl.maximum(chunk, 0), P, BLOCK_N, BLOCK_P, CHANNELS_LAST)
-    return tl.where(chunk >= first, n0, N), p0
-
-
-@triton.jit
 def chunk_size(n0, p0, N, P, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr):
     """Elements of a channel that a chunk covers; 0 beyond the last."""
     samples = tl.maximum(tl.minimum(N - n0, BLOCK_N), 0)
@@ -98,6 +80,40 @@ def valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P):
 def valid_columns(lane_n, lane_p, n0, p0, N, P):
     """Which columns of a chunk exist, [1, BLOCK_N * BLOCK_P]."""
     return ((lane_n < N - n0) & (lane_p < P - p0))[None, :]
+
+
+@triton.jit
+def existing(c, C, lane_n, lane_p, n0, p0, N, P, WHOLE: tl.constexpr, EVEN: tl.constexpr):
+    """`valid_columns` and `valid_lanes` of a chunk. None, and so no comparison, where everything
+    exists: WHOLE says that of the columns, EVEN of the channels."""
+    if not WHOLE:
+        columns = valid_columns(lane_n, lane_p, n0, p0, N, P)
+        return columns, (c < C)[:, None] & columns
+    elif not EVEN:
+        return None, (c < C)[:, None]
+    else:
+        return None, None
+
+
+@triton.jit
+def all_on_their_way(size):
+    """What was loaded before is on its way before anything waits for a part of it.
+
+    The compiler uses the first values that it loads before it has asked for the last, to save
+    registers. But it moves nothing across a loop, not even this one, which never turns, as no size
+    is negative.
+    """
+    for _ in range((tl.cast(size, tl.int32) < 0).to(tl.int32)):
+        tl.debug_barrier()
+
+
+@triton.jit
+def zero(valid):
+    """What `tl.load` has for elements that do not exist; it wants nothing where all do."""
+    if valid is None:
+        return None
+    else:
+        return 0.0
 
 
 @triton.jit
@@ -159,23 +175,74 @@ def bit_offsets(
     BLOCK_P: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
 ):
-    """Offsets and validity of the bytes of a tile of a bit mask.
+    """Offsets of the bytes of a tile in a bit mask, and which of them exist.
 
-    The mask has the rows of the tensor (``[N, C]`` rows of P bits, or ``[P]`` rows of C bits), each
-    padded to whole bytes, so that it does not depend on how the tensor was tiled.
+    The mask does not depend on how the tensor was tiled (`tritonnorm.problem.View.mask_room`).
+    ``[N, C, P]`` has rows of P bits. ``[P, C]`` has for every eight channels a row with a byte for
+    each position: what one strip of channels writes and reads are neighbours, however narrow it is.
+    Rows begin at words of four bytes.
+
+    The hints make each thread access the bytes of the elements that it has. Without them a thread
+    gets neighbouring bytes, and every tile goes through shared memory, where warps wait for each
+    other. As nothing is said to be divisible by more than 1, no access has more than a byte.
     """
     if CHANNELS_LAST:
         c = c0 + tl.arange(0, BLOCK_C // 8) * 8
         p = p0 + tl.arange(0, BLOCK_N * BLOCK_P)
-        offsets = p.to(tl.int64)[None, :] * tl.cdiv(C, 8) + (c // 8)[:, None]
-        return offsets, (c < C)[:, None] & ((p < P) & (n0 < N))[None, :]
+        rows = (c // 8).to(tl.int64) * (tl.cdiv(P, 4) * 4)
+        at = rows[:, None] + p[None, :]
+        if BLOCK_C * BLOCK_N * BLOCK_P > 8:  # of one byte the compiler makes a scalar
+            at = tl.max_contiguous(tl.multiple_of(at, [1, 1]), [BLOCK_C // 8, 1])
+        return at, (c < C)[:, None] & ((p < P) & (n0 < N))[None, :]
     else:
         c = c0 + tl.arange(0, BLOCK_C)
         k = tl.arange(0, BLOCK_N * BLOCK_P // 8)
         n = n0 + k // (BLOCK_P // 8)
         p = p0 + k % (BLOCK_P // 8) * 8
-        offsets = (n.to(tl.int64)[None, :] * C + c[:, None]) * tl.cdiv(P, 8) + (p // 8)[None, :]
-        return offsets, (c < C)[:, None] & ((n < N) & (p < P))[None, :]
+        at = (n.to(tl.int64)[None, :] * C + c[:, None]) * (tl.cdiv(P, 32) * 4) + (p // 8)[None, :]
+        if BLOCK_C * BLOCK_N * BLOCK_P > 8:
+            at = tl.multiple_of(at, [1, 1])
+        return at, (c < C)[:, None] & ((n < N) & (p < P))[None, :]
+
+
+@triton.jit
+def word_offsets(
+    c0,
+    n0,
+    p0,
+    N,
+    C,
+    P,
+    BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+):
+    """The same for words of 32 bits, for loops that are pipelined: nothing smaller is. A word has
+    the bits of four positions and eight channels, or of 32 positions."""
+    if CHANNELS_LAST:
+        c = c0 + tl.arange(0, BLOCK_C // 8) * 8
+        p = p0 + tl.arange(0, BLOCK_N * BLOCK_P // 4) * 4
+        at = (c // 8).to(tl.int64)[:, None] * tl.cdiv(P, 4) + (p // 4)[None, :]
+        return at, (c < C)[:, None] & ((p < P) & (n0 < N))[None, :]
+    else:
+        c = c0 + tl.arange(0, BLOCK_C)
+        k = tl.arange(0, BLOCK_N * BLOCK_P // 32)
+        n = n0 + k // (BLOCK_P // 32)
+        p = p0 + k % (BLOCK_P // 32) * 32
+        at = (n.to(tl.int64)[None, :] * C + c[:, None]) * tl.cdiv(P, 32) + (p // 32)[None, :]
+        return at, (c < C)[:, None] & ((n < N) & (p < P))[None, :]
+
+
+@triton.jit
+def unpack_words(words, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """Words that were loaded as a boolean tile [BLOCK_C, BLOCK_M]."""
+    if CHANNELS_LAST:
+        place = tl.arange(0, 8)[:, None] + tl.arange(0, 4)[None, :] * 8
+        bits = words[:, None, :, None] >> place[None, :, None, :]
+    else:
+        bits = words[:, :, None] >> tl.arange(0, 32)[None, None, :]
+    return tl.reshape(bits & 1, [BLOCK_C, BLOCK_M]) != 0
 
 
 @triton.jit

@@ -39,7 +39,8 @@ class Config:
         block_p: positions of a tile.
         splits: programs that share the chunks of one channel block.
         num_warps: warps of a program.
-        kept: chunks of a program that stay in its registers (`persistent`).
+        kept: chunks of a program that stay in its registers (`persistent`); 0 if it overlaps the
+            second pass over a group of channel blocks with the first over the next.
         at_once: channel blocks that are worked on at the same time (`persistent`).
         evict_first: whether data accessed once are to leave the cache first (`persistent`).
     """
@@ -67,6 +68,11 @@ class Config:
     def meets(self) -> bool:
         """Whether programs wait for each other."""
         return self.at_once > 0
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether programs that wait for each other first go on with the next group."""
+        return self.meets and self.kept == 0
 
     def channel_blocks(self, problem: Problem) -> int:
         return cdiv(problem.view.c, self.block_c)
@@ -128,7 +134,7 @@ class ForwardArguments:
     mean: Tensor | None  # [C] accumulator dtype, written
     rstd: Tensor | None  # [C] accumulator dtype, written
     residual: Tensor | None  # [N, C, P] dense
-    mask: Tensor | None  # uint8 [view.mask_bytes], written
+    mask: Tensor | None  # uint8 [view.mask_room], written
     weight: Tensor | None  # [C]
     bias: Tensor | None  # [C]
     running_mean: Tensor | None  # [C]
@@ -148,7 +154,7 @@ class BackwardArguments:
     mean: Tensor  # [C] accumulator dtype
     rstd: Tensor  # [C] accumulator dtype
     residual: Tensor | None  # [N, C, P] dense
-    mask: Tensor | None  # uint8 [view.mask_bytes]
+    mask: Tensor | None  # uint8 [view.mask_room]
     weight: Tensor | None  # [C]
     bias: Tensor | None  # [C]
     dx: Tensor | None  # [N, C, P] dense, written
@@ -222,19 +228,29 @@ def x_strides(problem: Problem) -> tuple[int | None, int | None, int | None]:
     return problem.view.strides or (None, None, None)
 
 
-def registers_kept(problem: Problem) -> float:
-    """32-bit registers of an element that stays in a program: x, and in backward dy, both as they
-    are.
+# The share of the registers for what stays that can be filled before something spills, in the
+# derivative of a smooth activation (BN+silu, 64x240x14x14, sm_90 and sm_100: 8 with all, 0 with
+# 7/8), and on gfx942 (BN+relu forward, 65536 values of a channel: 22 with all, 0 with 7/8).
+MOST_FILLED = 0.875
 
-    Where the gradient g at the pre-activation depends on more than those two, g stays, and not dy.
+
+def registers_kept(problem: Problem) -> float:
+    """32-bit registers of an element that stays in a program: x, and in backward all else that is
+    read, as it is.
+
     Values of 16 bits that are loaded one by one take a register each: with half of one counted, the
-    backward of BN+relu in bf16 on 256 planes of 7 by 7 spills 56 of them on sm_80 and sm_90.
+    backward of BN+relu in bf16 on 256 planes of 7 by 7 spills 56 of them on sm_80 and sm_90. So do
+    bytes of a mask, with the bits of eight elements.
     """
     own = max(problem.dtype.itemsize, 4 if problem.vector == 1 else 0) / 4
     if problem.direction == "forward":
         return own
-    more = problem.mask or problem.reads_residual or problem.needs_dresidual
-    return own + (problem.accumulator.itemsize / 4 if more else own)
+    return own * (2 + problem.reads_residual) + problem.mask / 8
+
+
+def mask_in_words(config: Config, problem: Problem) -> bool:
+    """Whether a tile has whole words of 32 bits of a mask: pipelined loops load nothing smaller."""
+    return problem.mask and config.block_p >= (4 if problem.view.channels_last else 32)
 
 
 def whole_planes(problem: Problem, config: Config) -> bool:

@@ -4,8 +4,10 @@ The programs of a channel block keep what they can of it in registers, and leave
 cache. After the first pass they exchange moments (or sums) and meet; the second pass takes the
 registers first, then the rest in reverse. Channel blocks that do not fit together go one group
 after the other, and each set of programs goes on to its next block without waiting for the other
-sets. Forward moves 2S and backward 3S as far as a group fits in registers and L2; where it does
-not, what is accessed once is marked to leave the cache first.
+sets. A program may also keep nothing and make the first pass over its next block before the second
+over this one; it then has something to do while it would wait. Forward moves 2S and backward 3S as
+far as a group fits in registers and L2; where it does not, what is accessed once is marked to leave
+the cache first.
 """
 
 import itertools
@@ -19,9 +21,11 @@ from torch import Tensor
 from tritonnorm.device import Device
 from tritonnorm.problem import Problem, minimum_bytes
 
-from . import _persistent as kernels
+from . import _persistent as forward_kernels
+from . import _persistent_backward as backward_kernels
 from .base import (
     L2_SHARE,
+    MOST_FILLED,
     BackwardArguments,
     Config,
     EpilogueArguments,
@@ -29,6 +33,7 @@ from .base import (
     Launch,
     advance_counter,
     cdiv,
+    mask_in_words,
     predicted_seconds,
     registers_kept,
     x_strides,
@@ -39,22 +44,26 @@ from .tiling import power_of_two_blocks
 # where a wavefront has 64 lanes) 8 warps fill its register file, so these are always co-resident.
 # Where there is more than one, others work while one waits.
 WARPS = {8: 1, 4: 2}
-# 32-bit registers a thread may spend on what it keeps, by the start of the architecture: the rest
-# is for addresses, reductions and loads on their way. The compile audit finds no spill with them,
-# and does with 36 on sm_80 (BN+add+relu, bf16 NHWC), with 40 on sm_100 (the backward of BN+silu),
-# with 48 on gfx942, where a program has twice the threads.
-PAYLOAD = {"sm_8": 28, "sm_": 36, "gfx": 24}
+# 32-bit registers a thread may spend on what it keeps, by the start of the architecture, with many
+# channels and with one: the rest is for addresses, reductions and the residual. The compile audit
+# finds no spill with them, and with many it does with 36 on sm_90 (BN+add+relu, bf16 NHWC: 16) and
+# sm_100 (BN+gelu: 2), with 48 on gfx942, where a program has twice the threads.
+PAYLOAD = {"sm_": (28, 32), "gfx": (24, 24)}
 TILE = 512  # elements of a chunk for each warp: two 16-byte accesses of 16-bit data a thread
-# Bytes of x in a batch for each element of a chunk: with 16-bit data four chunks are loaded before
-# the first is used. By Little's law a multiprocessor of an H200 needs 4.8 TB/s / 132 times about
-# 0.8 microseconds = 29 KB on their way; four chunks of 8 warps are 32 KB.
-BATCH_BYTES = 8
+# Bytes that a multiprocessor has on their way where its programs stream. By Little's law an H200
+# needs 4.8 TB/s / 132 times about 0.8 microseconds = 29 KB, all the time.
+ON_THEIR_WAY = 3 << 14
+# Shared memory for it on a multiprocessor, with what is worked on: consumer GPUs have 100 KB.
+MOST_SHARED = 80 << 10
 # Values of each quantity that a program reads at a meeting, for each warp: 16 registers a thread.
 # With 64 channels and 126 splits (64 registers) the compile audit finds 126 spills.
 MEETING_VALUES = 512
-# How long a meeting takes: two trips to the L2 cache and the wait for the slowest. An estimate, to
-# be measured.
-MEETING_SECONDS = 2e-6
+# How long a meeting takes: the last sums, two trips to the L2 cache, the wait for the slowest, what
+# the others left, and the first chunks of what follows. An estimate, to be measured.
+MEETING_SECONDS = 3e-6
+# What of it is left for a program that waits for no other, as it goes on with the next group first:
+# the trips to memory between its loops. An estimate, too.
+BETWEEN_LOOPS_SECONDS = 1.5e-6
 MOST_BLOCKS = 1024  # channel blocks at once: semaphores of a stream
 
 
@@ -70,7 +79,9 @@ class Persistent:
             return "there is no second pass over the data"
         if not device.arch.startswith(tuple(PAYLOAD)):
             return "programs that meet cannot run one after another"
-        if device.sms < 2 or self._tiling(problem, 16, 8).chunks(problem) < 2:
+        if problem.vector * problem.dtype.itemsize < 8:
+            return "elements are loaded one by one, which a pipeline cannot do, or not fast enough"
+        if device.sms < 2 or self._tiling(problem, device, 16, 8).chunks(problem) < 2:
             return "a channel block has one chunk only"
         return None
 
@@ -82,30 +93,38 @@ class Persistent:
         found = []
         widths = (16, 32, 64) if problem.view.channels_last else (1,)
         for width, (warps, each) in itertools.product(widths, WARPS.items()):
-            tiling = self._tiling(problem, width, warps)
+            tiling = self._tiling(problem, device, width, warps)
             blocks, chunks = tiling.channel_blocks(problem), tiling.chunks(problem)
             programs, at_once = device.sms * each, 1
             while at_once < 2 * blocks and at_once <= min(programs // 2, MOST_BLOCKS):
                 sets = min(at_once, blocks)
-                readable = MEETING_VALUES * warps // max(16, tiling.block_c)
+                readable = MEETING_VALUES * warps // max(8, tiling.block_c)
                 splits = min(programs // sets, chunks, readable)
                 if splits >= 2:
                     config = self._filled(problem, device, tiling, sets, splits)
                     found += [config, replace(config, evict_first=False)]
+                    overlap = replace(config, kept=0, evict_first=True)
+                    if sets < blocks and self._cached(problem, overlap, device):
+                        found += [overlap, replace(overlap, evict_first=False)]
                 at_once *= 2
         return sorted(dict.fromkeys(found), key=lambda c: self.predict(problem, c, device))
 
     def model_bytes(self, problem: Problem, config: Config) -> int:
         """Every tensor once, and a second read of what is not kept, wherever it comes from."""
         tensors = 1 if problem.direction == "forward" else 2 + problem.reads_residual
-        view, size = problem.view, problem.dtype.itemsize
-        again = tensors * size * view.c * self._streamed(problem, config, view.p, config.block_p)
+        view, size, kept = problem.view, problem.dtype.itemsize, config.kept
+        again = tensors * size * view.c * self._streamed(problem, config, view.p, 1, kept)
         if problem.direction == "backward" and problem.mask:
             if view.channels_last:
-                again += self._streamed(problem, config, view.p, config.block_p) * cdiv(view.c, 8)
-            else:
-                bits, block = cdiv(view.p, 8), config.block_p // 8
-                again += self._streamed(problem, config, bits, block) * view.c
+                again += self._streamed(problem, config, view.p, 1, kept) * cdiv(view.c, 8)
+            elif not mask_in_words(config, problem):
+                again += self._streamed(problem, config, cdiv(view.p, 8), 8, kept) * view.c
+            else:  # loops read whole words, in both passes
+                pipelined = self._kept_apart(problem, config)
+                words = 4 * self._streamed(problem, config, cdiv(view.p, 32), 32, pipelined)
+                more = words - self._streamed(problem, config, cdiv(view.p, 8), 8, pipelined)
+                twice = view.n * cdiv(view.p, 8) + more if config.overlaps else words
+                again += view.c * (more + twice)
         return minimum_bytes(problem) + again
 
     def dram_bytes(self, problem: Problem, config: Config, device: Device) -> float:
@@ -113,7 +132,13 @@ class Persistent:
         groups = cdiv(config.channel_blocks(problem), config.at_once)
         once = minimum_bytes(problem)
         again = self.model_bytes(problem, config) - once
-        return once + max(0.0, again - groups * L2_SHARE * device.l2_bytes)
+        if not config.overlaps:
+            return once + max(0.0, again - groups * L2_SHARE * device.l2_bytes)
+        # Between the two reads of a group come the second of the one before, with what that writes,
+        # and the first of the next one.
+        each, more = again / groups, (once - again) / again
+        near = (device.l2_bytes - each * (2 + more)) / (1 + more)
+        return once + again - groups * min(each, max(0.0, near))
 
     def predict(self, problem: Problem, config: Config, device: Device) -> float:
         groups = cdiv(config.channel_blocks(problem), config.at_once)
@@ -121,11 +146,19 @@ class Persistent:
         programs = config.at_once * config.splits
         moved = self.dram_bytes(problem, config, device)
         seconds = predicted_seconds(device, moved, programs, 1, programs_per_sm=each)
-        # While one program of a multiprocessor waits the others go on; the last wait is exposed.
-        return seconds + MEETING_SECONDS * (1 + (groups - 1) / each)
+        if config.overlaps:  # the programs of a multiprocessor part, and one covers the other
+            return seconds + MEETING_SECONDS + BETWEEN_LOOPS_SECONDS * (groups - 1) / each
+        return seconds + MEETING_SECONDS * groups
 
-    def _streamed(self, problem: Problem, config: Config, length: int, block: int) -> int:
-        """Of a channel's [N, length] in blocks of `block`, what its programs read twice."""
+    def _kept_apart(self, problem: Problem, config: Config) -> int:
+        """Chunks of a program that do not pass through its loops: those that it keeps, or the last
+        two, of which one may not be whole, and forward needs another for its pivot."""
+        return config.kept or min(2, cdiv(config.chunks(problem), config.splits))
+
+    def _streamed(self, problem: Problem, config: Config, length: int, unit: int, kept: int) -> int:
+        """Of a channel's [N, length], a unit for so many positions, what its programs read apart
+        from their last chunks, as many as are ``kept``."""
+        block = config.block_p // unit
         n, block_n = problem.view.n, config.block_n
         per_sample = cdiv(length, block)
 
@@ -135,35 +168,59 @@ class Persistent:
             samples = min(rows * block_n, n)
             return samples * length + min(block_n, n - samples) * min(rest * block, length)
 
-        own = cdiv(config.chunks(problem), config.splits)
-        starts = range(0, own * config.splits, own)
-        return sum(before(first + own - config.kept) - before(first) for first in starts)
+        chunks = config.chunks(problem)
+        own = cdiv(chunks, config.splits)
+        found = 0
+        for first in range(0, chunks, own):
+            kept_from = max(first, min(first + own, chunks) - kept)
+            found += before(kept_from) - before(first)
+        return found
 
-    def _tiling(self, problem: Problem, width: int, warps: int) -> Config:
+    def _tiling(self, problem: Problem, device: Device, width: int, warps: int) -> Config:
         """Chunks of `TILE` elements a warp, `width` channels wide where channels are contiguous.
 
-        Half of that where every element has an address of its own: with all of it the backward of
-        BN+add+gelu on planes of 7 by 7 spills in fp32 on sm_90.
+        Half of that for the derivative of a smooth activation of a sum (BN+add+gelu, fp16 NHWC,
+        sm_90: 32 bytes of stack with all of it), on sm_100 without a sum, too (BN+gelu: 8). Twice
+        of it in forward where a program has one channel, and so registers to spare: what a turn of
+        a loop costs beside its elements then counts half (BN, 64x256x56x56, sm_90: 197 instructions
+        for 32 bytes of a thread, 303 for 64 with twice the tile).
         """
-        view, elements = problem.view, TILE * warps // (2 if problem.vector == 1 else 1)
+        view = problem.view
+        derived = problem.direction == "backward" and problem.activity == "smooth"
+        derived &= problem.reads_residual or device.arch.startswith("sm_10")
+        elements = TILE * warps // (2 if derived else 1)
+        if problem.direction == "forward" and not view.channels_last:
+            elements *= 2
+        room = self._payload(problem, device) * warps * device.warp / registers_kept(problem)
+        if problem.direction == "forward":
+            room /= 2  # the last chunk may have few values, and a pivot is the mean of many
+        while elements > room:
+            elements //= 2
         bits = 8 if problem.mask else 1
         if view.channels_last:
             block_c = max(bits, width)
-            most = elements // block_c
+            most = max(1, elements // block_c)
             block_p = power_of_two_blocks(view.p, most, max(1, most // 4))
             return Config(block_c, 1, block_p, num_warps=warps)
         block_p = max(bits, power_of_two_blocks(view.p, elements, 64))
         block_n = power_of_two_blocks(view.n, max(1, elements // block_p), 1)
         return Config(1, block_n, block_p, num_warps=warps)
 
+    def _payload(self, problem: Problem, device: Device) -> float:
+        """Registers of a thread for what it keeps. As in `resident` the derivative of a smooth
+        activation leaves less (BN+silu, bf16 NHWC, sm_90: 16 bytes of stack with all of them)."""
+        many, one = next(each for arch, each in PAYLOAD.items() if device.arch.startswith(arch))
+        most = many if problem.view.channels_last else one
+        derived = problem.direction == "backward" and problem.activity == "smooth"
+        return most * (MOST_FILLED if derived else 1.0)
+
     def _filled(
         self, problem: Problem, device: Device, tiling: Config, sets: int, splits: int
     ) -> Config:
         """As many chunks kept as the registers hold, and no program without chunks."""
         own = cdiv(tiling.chunks(problem), splits)
-        payload = next(most for arch, most in PAYLOAD.items() if device.arch.startswith(arch))
-        threads = tiling.num_warps * device.warp
-        room = int(payload * threads / (registers_kept(problem) * tiling.tile))
+        registers = self._payload(problem, device) * tiling.num_warps * device.warp
+        room = int(registers / (registers_kept(problem) * tiling.tile))
         config = Config(
             *(tiling.block_c, tiling.block_n, tiling.block_p),
             splits=cdiv(tiling.chunks(problem), own),
@@ -171,15 +228,18 @@ class Persistent:
             kept=min(own, room),
             at_once=sets,
         )
-        cached = self.dram_bytes(problem, config, device) == minimum_bytes(problem)
-        return config if cached else replace(config, evict_first=True)
+        return replace(config, evict_first=not self._cached(problem, config, device))
+
+    def _cached(self, problem: Problem, config: Config, device: Device) -> bool:
+        """Whether all that is read twice is still near the second time."""
+        return self.dram_bytes(problem, config, device) == minimum_bytes(problem)
 
     def forward(
         self, problem: Problem, config: Config, epilogue: EpilogueArguments
     ) -> Callable[[ForwardArguments], None]:
         launches = [
             self._launch(
-                kernels.forward_kernel, problem, config, CUMULATIVE=c, **epilogue.forward()
+                forward_kernels.forward_kernel, problem, config, CUMULATIVE=c, **epilogue.forward()
             )
             for c in (False, True)
         ]
@@ -188,7 +248,13 @@ class Persistent:
             assert a.mean is not None
             launches[advance_counter(a)](
                 *(a.x, a.y, a.residual, a.mask, _partial(config, a.mean, 4)),
-                *(_semaphores(a.x, config.at_once), a.mean, a.rstd, a.weight, a.bias),
+                *(
+                    _semaphores(a.x, config.at_once * (1 + config.overlaps)),
+                    a.mean,
+                    a.rstd,
+                    a.weight,
+                    a.bias,
+                ),
                 *(a.slope, a.running_mean, a.running_var, a.counter),
                 *(a.eps, 0.0 if a.momentum is None else a.momentum),
             )
@@ -198,13 +264,17 @@ class Persistent:
     def backward(
         self, problem: Problem, config: Config, epilogue: EpilogueArguments
     ) -> Callable[[BackwardArguments], None]:
-        launch = self._launch(kernels.backward_kernel, problem, config, **epilogue.backward())
+        launch = self._launch(
+            *(backward_kernels.backward_kernel, problem, config),
+            WORDS=mask_in_words(config, problem),
+            **epilogue.backward(),
+        )
 
         def run(a: BackwardArguments) -> None:
             launch(
                 *(a.dy, a.x, a.residual, a.mask, a.dx, a.dresidual),
                 *(_partial(config, a.rstd, 2 if a.dslope is None else 3),),
-                *(_semaphores(a.x, config.at_once), a.mean, a.rstd),
+                *(_semaphores(a.x, config.at_once * (1 + config.overlaps)), a.mean, a.rstd),
                 *(a.weight, a.bias, a.slope, a.dweight, a.dbias, a.dslope),
             )
 
@@ -212,27 +282,33 @@ class Persistent:
 
     def _launch(self, kernel: Any, problem: Problem, config: Config, **meta: Any) -> Launch:
         view = problem.view
-        streamed = cdiv(config.chunks(problem), config.splits) - config.kept
+        chunks = config.chunks(problem)
+        own = cdiv(chunks, config.splits)
         groups = cdiv(config.channel_blocks(problem), config.at_once)
-        tensors = 1 if problem.direction == "forward" else 2
+        tensors = 1 if problem.direction == "forward" else 2 + problem.reads_residual
+        chunk = tensors * config.tile * problem.dtype.itemsize * WARPS.get(config.num_warps, 1)
         return Launch(
             kernel,
             (config.at_once, config.splits),
-            (view.n, view.c, view.p, *x_strides(problem), streamed, groups),
+            (view.n, view.c, view.p, *x_strides(problem), own, chunks, groups),
             config.num_warps,
             cooperative=True,
             **meta,
             ONCE="evict_first" if config.evict_first else "",
-            KEPT=config.kept,
-            BATCH=max(1, BATCH_BYTES // problem.dtype.itemsize // tensors),
+            OVERLAP=config.overlaps,
+            KEPT=self._kept_apart(problem, config),
+            WHOLE=view.channels_last or view.p % config.block_p == view.n % config.block_n == 0,
+            EVEN=view.c % config.block_c == 0,
+            STAGES=1 + max(1, min(cdiv(ON_THEIR_WAY, chunk), MOST_SHARED // chunk - 1)),
             SPLITS=config.splits,
             **config.geometry(problem),
         )
 
 
 def _partial(config: Config, like: Tensor, quantities: int) -> Tensor:
-    """Workspace for what the programs tell each other, two rounds of it."""
-    return like.new_empty((2, quantities, config.splits, config.at_once * config.block_c))
+    """Workspace for what the programs tell each other, in rounds."""
+    rounds = 4 if config.overlaps else 2
+    return like.new_empty((rounds, quantities, config.splits, config.at_once * config.block_c))
 
 
 _of_stream: dict[tuple[torch.device, int], Tensor] = {}
@@ -249,5 +325,5 @@ def _semaphores(x: Tensor, blocks: int) -> Tensor:
         return torch.zeros(blocks, dtype=torch.int32, device=x.device)
     key = (x.device, torch.cuda.current_stream(x.device).cuda_stream)
     if key not in _of_stream:
-        _of_stream[key] = torch.zeros(MOST_BLOCKS, dtype=torch.int32, device=x.device)
+        _of_stream[key] = torch.zeros(2 * MOST_BLOCKS, dtype=torch.int32, device=x.device)
     return _of_stream[key]

@@ -14,6 +14,7 @@ from tritonnorm.problem import Problem, minimum_bytes
 
 from . import _resident as kernels
 from .base import (
+    MOST_FILLED,
     BackwardArguments,
     Config,
     EpilogueArguments,
@@ -36,16 +37,15 @@ from .tiling import power_of_two_blocks
 # addresses and reductions. The compile audit shows no spill within them on sm_80, sm_90, sm_100 and
 # gfx942; with 52 and 4 warps it does on sm_90 (blocks of 32 channels).
 PAYLOAD = {4: 48, 8: 64}
-# And the share of it that channels can fill before something spills, in the
-# derivative of a smooth activation (BN+silu, 64x240x14x14, sm_90 and sm_100: 8 with all, 0 with
-# 7/8), and on gfx942 (BN+relu forward, 65536 values of a channel: 22 with all, 0 with 7/8).
-MOST_FILLED = 0.875
 # Elements of a chunk, at least one 16-byte access for every thread. Half of it for the derivative
 # of a smooth activation: with all of it gelu in bf16 on planes of 7 by 7 spills on sm_90.
 TILE = 4096
 # Elements of a row of a chunk, at least. Planes of 14 by 14 fill 256 with 64, and with 32 only 224:
 # 7/8 again (64x1024x14x14 then fits). On gfx942 that spills (BN+relu forward, 256 samples: 2).
 ROWS = (64, 32)
+# Bytes of the residual that a thread has on their way at once: with the two programs or more that
+# share a multiprocessor, what Little's law asks for (see `persistent`).
+AHEAD_BYTES = 128
 WIDEST_ROW = 1024  # columns of a tile of tiny planes: 8 planes of 11 by 11
 
 
@@ -150,9 +150,17 @@ class Resident:
     def forward(
         self, problem: Problem, config: Config, epilogue: EpilogueArguments
     ) -> Callable[[ForwardArguments], None]:
+        chunk = config.tile * problem.dtype.itemsize
+        ahead = max(1, AHEAD_BYTES * config.num_warps * 32 // chunk)
+        ahead = min(
+            ahead, config.chunks(problem.flat if whole_planes(problem, config) else problem)
+        )
         launches = [
             self._launch(
-                kernels.forward_kernel, problem, config, CUMULATIVE=cumulative, **epilogue.forward()
+                *(kernels.forward_kernel, problem, config),
+                CUMULATIVE=cumulative,
+                AHEAD=ahead,
+                **epilogue.forward(),
             )
             for cumulative in (False, True)
         ]

@@ -26,6 +26,7 @@ from .base import (
     Launch,
     advance_counter,
     cdiv,
+    mask_in_words,
     predicted_seconds,
 )
 from .streaming import (
@@ -36,7 +37,7 @@ from .streaming import (
     over_chunks,
     partial_sums,
 )
-from .tiling import splits_for, streaming_candidates, streaming_config
+from .tiling import splits_for, stages, streaming_candidates, streaming_config
 
 
 @triton.jit(do_not_specialize=["PER_SPLIT", "CHUNKS"])
@@ -51,6 +52,7 @@ def moments_kernel(
     xs_p,
     PER_SPLIT,  # chunks of a split
     CHUNKS,  # chunks of a channel
+    STAGES: tl.constexpr,  # chunks that are on their way or worked on
     VEC: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -72,16 +74,20 @@ def moments_kernel(
     last = tl.minimum(first + PER_SPLIT, CHUNKS)
     for run in range(first, last, moments.RUN):
         size, pivot, sums, squares = moments.begin_run(BLOCK_C, BLOCK_N * BLOCK_P, ACC)
-        for chunk in range(run, tl.minimum(run + moments.RUN, last)):
+        n0, p0 = tile.chunk_origin(run, P, BLOCK_N, BLOCK_P, CHANNELS_LAST)
+        valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
+        x = tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=valid, other=0.0).to(ACC)
+        there = tile.valid_columns(lane_n, lane_p, n0, p0, N, P)
+        size = tile.chunk_size(n0, p0, N, P, BLOCK_N, BLOCK_P).to(ACC)
+        pivot = moments.pivot(x, there, size)
+        sums, squares = moments.add_tile(sums, squares, x, pivot[:, None], there)
+        for chunk in tl.range(run + 1, tl.minimum(run + moments.RUN, last), num_stages=STAGES):
             n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P, CHANNELS_LAST)
             valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
             x = tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=valid, other=0.0).to(ACC)
-            values = tile.chunk_size(n0, p0, N, P, BLOCK_N, BLOCK_P).to(ACC)
             there = tile.valid_columns(lane_n, lane_p, n0, p0, N, P)
-            if chunk == run:
-                pivot = moments.pivot(x, there, values)
             sums, squares = moments.add_tile(sums, squares, x, pivot[:, None], there)
-            size += values
+            size += tile.chunk_size(n0, p0, N, P, BLOCK_N, BLOCK_P).to(ACC)
         square = tl.sum(moments.settled(squares, N + C + P > 0), 1)
         count, base, total, m2 = moments.merge_run(
             count, base, total, m2, size, pivot, tl.sum(sums, 1), square
@@ -157,6 +163,7 @@ def moments_launch(problem: Problem, config: Config) -> Launch:
     """`moments_kernel` over the whole tensor; takes it and its partial moments."""
     return Launch(
         *(moments_kernel, *over_chunks(problem, config), config.num_warps),
+        STAGES=stages(config, problem, 1),
         **config.geometry(problem),
     )
 
@@ -195,9 +202,8 @@ class Split:
             return minimum_bytes(problem) + problem.bytes
         if not problem.sums:
             return minimum_bytes(problem)
-        reads = (
-            2 + problem.reads_residual
-        ) * problem.bytes + problem.mask * problem.view.mask_bytes
+        mask = problem.view.mask_room if mask_in_words(config, problem) else problem.view.mask_bytes
+        reads = (2 + problem.reads_residual) * problem.bytes + problem.mask * mask
         if not problem.needs_dx and not problem.needs_dresidual:
             return reads
         second = minimum_bytes(problem)

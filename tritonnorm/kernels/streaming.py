@@ -22,9 +22,10 @@ from .base import (
     ForwardArguments,
     Launch,
     cdiv,
+    mask_in_words,
     x_strides,
 )
-from .tiling import splits_for
+from .tiling import splits_for, stages
 
 # The combine kernels: [splits, channels] tiles, of few channels, so that many programs share them.
 COMBINE = {"BLOCK_C": 8, "BLOCK_S": 128}
@@ -95,8 +96,9 @@ def apply_kernel(
         valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
         base = n0 * s_n + p0 * s_p
         x = tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=valid, other=0.0).to(ACC)
+        residual = body.load_residual(residual_ptr, x, base + lane, valid, "")
         body.store_output(
-            x, mean, scale, shift, leak, y_ptr, residual_ptr, mask_ptr,
+            x, residual, mean, scale, shift, leak, y_ptr, residual_ptr, mask_ptr,
             base, lane, valid, c0, n0, p0, N, C, P,
             ACT, GATE, A, B, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST, "",
         )  # fmt: skip
@@ -133,6 +135,8 @@ def gradient_kernel(
     A: tl.constexpr,  # parameters of the activation; of a learned slope `load_leak`'s STEP
     B: tl.constexpr,
     READS_X: tl.constexpr,
+    WORDS: tl.constexpr,  # the bits of the mask come in words
+    STAGES: tl.constexpr,  # chunks that are on their way or worked on
     VEC: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -167,7 +171,7 @@ def gradient_kernel(
     sums_leak = tl.zeros([BLOCK_C, BLOCK_N * BLOCK_P], ACC)
     first = tl.program_id(1) * PER_SPLIT
     last = tl.minimum(first + PER_SPLIT, CHUNKS)
-    for i in range(first, last):
+    for i in tl.range(first, last, num_stages=STAGES):
         chunk = i
         if sums_ptr is not None:
             chunk = first + last - 1 - i
@@ -177,11 +181,17 @@ def gradient_kernel(
         x = None
         if READS_X:
             x = tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=valid, other=0.0).to(ACC)
-        g, of_leak = body.load_gradient(
-            x, mean, scale, shift, leak, dy_ptr, residual_ptr, mask_ptr, dresidual_ptr,
-            base, lane, valid, c0, n0, p0, N, C, P,
-            GRADIENT, GATE, GATED, A, B, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST, "",
+        dy, more = body.load_gradients(
+            dy_ptr, residual_ptr, mask_ptr, base, lane, valid, c0, n0, p0, N, C, P,
+            BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST, "", WORDS,
         )  # fmt: skip
+        g, of_leak = body.gradient(
+            x, dy, more, mean, scale, shift, leak, valid, residual_ptr, mask_ptr,
+            GRADIENT, GATE, GATED, A, B, CHANNELS_LAST,
+        )  # fmt: skip
+        if dresidual_ptr is not None:
+            dresidual = g.to(dresidual_ptr.dtype.element_ty)
+            tl.store(dresidual_ptr + base + lane, dresidual, mask=valid)
         if dx_ptr is not None:
             if sums_ptr is not None:
                 dx = body.input_gradient(g, x, mean, mean_g, slope, scale)
@@ -290,7 +300,11 @@ def gradient_launch(
         gradient_kernel,
         *over_chunks(problem, config),
         config.num_warps,
+        # ptxas would rather spill two registers than give a program of 8 warps all it needs.
+        keeps=not writes and config.num_warps > 4,
         **epilogue.backward(),
+        WORDS=not writes and mask_in_words(config, problem),
+        STAGES=1 if writes else stages(config, problem, 2 + problem.reads_residual),
         READS_X=sums or (corrects and writes and problem.needs_dx) or recomputes,
         **config.geometry(problem),
         PLANE=plane,

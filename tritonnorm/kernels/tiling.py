@@ -9,7 +9,7 @@ import torch
 from tritonnorm.device import Device
 from tritonnorm.problem import Problem
 
-from .base import Config, cdiv, next_power_of_2
+from .base import Config, cdiv, mask_in_words, next_power_of_2
 
 # Elements of a tile, with 4 warps: 32 a thread, four 16-byte loads of bf16 in flight per tensor.
 # In float64 a quarter, the same bytes: with 4096 the compile audit finds spills on sm_80 (14) and
@@ -19,10 +19,19 @@ TILE_FLOAT64 = 1024
 # A smooth activation needs more registers, its derivative most: with 4096 triton 3.6 spills a few
 # (mish in fp32 on sm_100 both ways, the backward of gelu in fp16 on sm_80).
 TILE_SMOOTH = 2048
+# Where every element has an address of its own: with 4096 the moments of planes of 7 by 7 spill 38
+# registers on sm_80.
+TILE_ALONE = 2048
 # Programs per multiprocessor a launch should have. The compile audit finds 48 to 128 registers a
 # thread, so 4 to 10 programs of 4 warps are resident at once; more splits would only lengthen the
 # combine.
 PROGRAMS_PER_SM = 8
+
+# Shared memory of a program for tiles on their way, where a pass only reads. 168 registers a thread
+# leave three programs on a multiprocessor; with one tile of each on its way that were 24 KB, less
+# than the 29 KB that an H200 needs (see `persistent`).
+PIPELINE_BYTES = 48 << 10
+MOST_SHARED = 96 << 10  # of a program: consumer GPUs have 100 KB
 
 
 def power_of_two_blocks(extent: int, limit: int, floor: int) -> int:
@@ -68,10 +77,25 @@ def splits_for(config: Config, problem: Problem) -> tuple[int, int, int]:
     return cdiv(chunks, per_split), per_split, chunks
 
 
+def stages(config: Config, problem: Problem, tensors: int) -> int:
+    """Tiles of each of some tensors that are on their way or worked on; 1 where the compiler cannot
+    pipeline a loop, for its bytes of a mask, or where every copy would be small."""
+    if problem.vector * problem.dtype.itemsize < 8:
+        return 1
+    if problem.mask and tensors > 1 and not mask_in_words(config, problem):
+        return 1
+    tile = tensors * config.tile * problem.dtype.itemsize
+    if 3 * tile <= PIPELINE_BYTES:
+        return 3
+    return 2 if 2 * tile <= MOST_SHARED else 1
+
+
 def tile_elements(problem: Problem) -> int:
     """Elements of the tile that the formula takes."""
     if problem.accumulator == torch.float64:
         return TILE_FLOAT64
+    if problem.vector == 1 and problem.view.fast > 1:
+        return TILE_ALONE
     many = problem.direction == "backward" or problem.dtype.itemsize > 2
     return TILE_SMOOTH if many and problem.activity == "smooth" else TILE
 

@@ -111,6 +111,10 @@ def amd_resources(asm: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _ptx_access(line: str) -> tuple[str, int] | None:
+    if found := re.search(
+        r"\bcp\.async\.c[ag]\.shared[.:\w]*\.global\S*\s[^,]*,[^,]*,\s*(\w+)", line
+    ):
+        return "load", 8 * int(found[1], 0)
     found = re.search(r"\b(ld|st)\.(?:[a-z]\w*(?:::\w+)*\.)*global((?:[.:]+\w+)*)", line)
     if found is None:
         return None

@@ -9,10 +9,10 @@ from __future__ import annotations
 __all__ = ["REVISIONS"]
 
 REVISIONS: dict[str, int] = {
-    "resident": 3,
-    "persistent": 3,
-    "split": 2,
-    "affine": 1,
+    "resident": 4,
+    "persistent": 4,
+    "split": 3,
+    "affine": 2,
     "masked": 2,
     "group_resident": 2,
     "group_split": 2,

@@ -112,7 +112,7 @@ class NormTrial:
     def _mask(self) -> Tensor | None:
         if not self.problem.mask:
             return None
-        shape = (self.problem.view.mask_bytes,)
+        shape = (self.problem.view.mask_room,)
         options: Any = {"device": self.where, "generator": self.generator}
         return torch.randint(0, 256, shape, dtype=torch.uint8, **options)
 
@@ -238,7 +238,7 @@ def _check_forward(
                 assert found is not None
                 compare("running statistics", found[s], wanted)
     if a.mask is not None and a.residual is not None:
-        differ = int((_bits(a.mask, p) != (a.y > 0)).sum())
+        differ = int((p.view.mask_bits(a.mask) != (a.y > 0)).sum())
         if differ > MAY_DIFFER * a.y.numel():
             raise Wrong("the mask is wrong")
 
@@ -249,7 +249,7 @@ def _check_backward(a: BackwardArguments, p: Problem, activation: str) -> None:
         var = a.rstd[s].double().square().reciprocal() - EPS
         dy, given = a.dy[:, s], activation or None
         if a.mask is not None:  # the gate is what the mask says
-            dy, given = torch.where(_bits(a.mask, p)[:, s], dy, torch.zeros_like(dy)), None
+            dy, given = torch.where(p.view.mask_bits(a.mask)[:, s], dy, torch.zeros_like(dy)), None
         expected = spec(
             dy, a.x[:, s], *where, a.mean[s], var, _part(a.weight, s), _part(a.bias, s),
             p.batch_statistics, EPS, given,
@@ -263,17 +263,6 @@ def _check_backward(a: BackwardArguments, p: Problem, activation: str) -> None:
         for name, found in {"dweight": a.dweight, "dbias": a.dbias}.items():
             if found is not None:
                 compare(name, found[s] / size, getattr(expected, name) / size)
-
-
-def _bits(mask: Tensor, p: Problem) -> Tensor:
-    """A mask as ``[N, C, P]`` of booleans."""
-    view = p.view
-    bits = mask.reshape(-1, -(-view.fast // 8))[:, :, None]
-    bits = (bits >> torch.arange(8, device=mask.device)) & 1
-    rows = bits.reshape(bits.shape[0], -1)[:, : view.fast].bool()
-    if view.channels_last:
-        return rows.reshape(view.n, view.p, view.c).transpose(1, 2)
-    return rows.reshape(view.n, view.c, view.p)
 
 
 def compare(name: str, found: Tensor, expected: Tensor) -> None:
