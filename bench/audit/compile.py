@@ -2,20 +2,22 @@
 
 The calls go through the public API and the launch path of the library, under a driver that compiles
 and records but does not run. So what is inspected is what a GPU would get, argument by argument.
-Needs a process without Triton's interpreter; `audit_in_children` starts such processes from
-anywhere.
+Needs a process without Triton's interpreter; `audit_in_children` starts such processes.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bench.audit import limits
+from bench.audit.limits import ISSUED
 from bench.call import DIRECTIONS, Call, Direction
 from bench.lab.kept import kept_kernels
 from bench.norm_call import NormCall
@@ -28,17 +30,13 @@ from tritonnorm.problem import Problem
 from tritonnorm.tune.prune import access_width, widths
 from tritonnorm.tune.static import KernelReport
 
+if TYPE_CHECKING:
+    from bench.lab.fake_driver import FakeDriver, LaunchRecord
+
 __all__ = ["GPUS", "CompileCase", "CompileRow", "audit", "audit_in_children", "cases"]
 
 #: Target -> the GPU whose description plans for it.
 GPUS = {"sm_80": "a100", "sm_90": "h200", "sm_100": "b200", "gfx942": "mi300x"}
-
-# Target -> instructions of threads that its GPU issues in a second. For the H200 NVIDIA gives 67
-# TFLOPS of float32, two for every fused multiply-add that its multiprocessors issue.
-ISSUED = {"sm_90": 67e12 / 2}
-# The most of its bytes' time that a kernel may need to issue its instructions; the second where
-# every element has an address of its own: BN+add+relu on planes of 7 by 7 needs 1.23, too much.
-MOST_ISSUE, MOST_ISSUE_ALONE = 1.0, 1.25
 
 
 @dataclass(frozen=True)
@@ -72,6 +70,8 @@ class CompileRow:
         widths: activation tensor -> narrowest of its loads and stores, in bits.
         mask_width: the same of the bit mask, 0 without one.
         expected: the width that alignment and the tile allow, at most 128 bits.
+        warps: of a program.
+        programs: on one multiprocessor at once, 0 where that is not known.
     """
 
     case: CompileCase
@@ -82,16 +82,20 @@ class CompileRow:
     widths: dict[str, int]
     mask_width: int
     expected: int
+    warps: int = 0
+    programs: int = 0
 
     @property
     def issue(self) -> float:
-        """The share of the time that its bytes take which its busiest loop needs to issue its
-        instructions; 0 where that is not known."""
-        bandwidth, issued = KNOWN[GPUS[self.case.target]].bandwidth, ISSUED.get(self.case.target)
-        if issued is None:
-            return 0.0
-        most = max((each.instructions / each.bytes for each in self.report.loops), default=0.0)
-        return most * bandwidth / issued
+        """Its instructions' share of the time that its bytes take: `limits.issue`."""
+        return limits.issue(self.report, KNOWN[GPUS[self.case.target]])
+
+    @property
+    def wait(self) -> float:
+        """The same of waiting for memory, if it touches activations: `limits.wait`."""
+        device = KNOWN[GPUS[self.case.target]]
+        threads = self.programs * self.warps * device.warp if self.widths else 0
+        return limits.wait(self.report, device, threads)
 
     @property
     def faults(self) -> list[str]:
@@ -100,9 +104,14 @@ class CompileRow:
         found = [f"{r.spills} spills"] if r.spills else []
         if r.stack:
             found.append(f"{r.stack} bytes of stack")
-        alone = self.case.call.problem(self.direction).vector == 1
-        if self.issue > (MOST_ISSUE_ALONE if alone else MOST_ISSUE):
+        problem = self.case.call.problem(self.direction)
+        if self.issue > (limits.MOST_ISSUE_ALONE if problem.vector == 1 else limits.MOST_ISSUE):
             found.append(f"issues for {self.issue:.2f} of the time of its bytes")
+        # A tuner may find that another configuration waits too long; the formula's must not.
+        if not self.case.every_config and problem.bytes >= limits.LARGE:
+            loops = any(each.inner for each in r.loops)
+            if self.wait > (limits.MOST_WAIT if loops else limits.MOST_WAIT_ONCE):
+                found.append(f"waits for {self.wait:.2f} of the time of its bytes")
         for name, bits in self.widths.items():
             if bits < self.expected:
                 found.append(f"{name} is accessed in {bits} of {self.expected} bits")
@@ -165,7 +174,7 @@ def cases(quick: bool = False) -> list[CompileCase]:
         (Call((64, 64, 7, 7), False, activation="silu", training=False), "affine"),  # flat
         (Call((32, 2048, 7, 7), False, activation="relu"), "resident"),  # flat: 128 bits
         (Call((128, 2048, 7, 7), False, activation="relu"), "resident"),  # flat: 64 and 32
-        (Call((256, 512, 7, 7), False, torch.float32, "gelu", True), "persistent"),
+        (Call((256, 512, 14, 14), False, torch.float16, "gelu", True), "persistent"),
         (Call((64, 1024, 14, 14), False, activation="silu"), "resident"),  # flat
         (Call((32, 36, 28, 28), True, **fused), "split"),
         (Call((256, 1024), False, **fused), "resident"),  # (N, C) input
@@ -243,8 +252,7 @@ def audit(case: CompileCase) -> list[CompileRow]:
                 fresh = {launch.variant: launch for launch in log.launches}
                 for variant, launch in fresh.items():
                     if variant not in seen:
-                        report = log.report(launch, disassemble=case.disassemble)
-                        rows.append(_row(case, direction, config, len(log.launches), report))
+                        rows.append(_row(case, direction, config, log, launch))
                 seen |= set(fresh)
             _check_found(case, direction, [row for row in rows if row.direction == direction])
     return rows
@@ -286,13 +294,18 @@ def same_code(config: Config) -> Config:
 
 
 def _row(
-    case: CompileCase, direction: Direction, config: Config, launches: int, report: KernelReport
+    case: CompileCase, direction: Direction, config: Config, log: FakeDriver, launch: LaunchRecord
 ) -> CompileRow:
+    report = log.report(launch, disassemble=case.disassemble)
     found = widths(report)
     mask = found.pop("mask", 0)
     problem, device = case.call.problem(direction), KNOWN[GPUS[case.target]]
     expected = access_width(problem, config, device, case.algorithm)
-    return CompileRow(case, direction, config, launches, report, found, mask, expected)
+    resident = limits.programs(report, device, launch.num_warps, math.prod(launch.grid))
+    return CompileRow(
+        *(case, direction, config, len(log.launches), report, found, mask, expected),
+        *(launch.num_warps, resident),
+    )
 
 
 def audit_all(progress: Progress, todo: Sequence[CompileCase]) -> list[list[CompileRow]]:

@@ -48,7 +48,7 @@ def compile_table(rows: Sequence[CompileRow]) -> Group:
     """A row per kernel of an algorithm: the most registers per target, spills, and the widths."""
     table = new_table(
         ("algorithm", "direction", "kernel"),
-        ("forms", *GPUS, "spills", "stack", "access", "allowed", "issue", "launches"),
+        ("forms", *GPUS, "spills", "stack", "access", "allowed", "issue", "wait", "launches"),
     )
     groups: dict[tuple[str, str, str], list[CompileRow]] = {}
     for row in rows:
@@ -62,19 +62,20 @@ def compile_table(rows: Sequence[CompileRow]) -> Group:
         touching = [row for row in group if row.widths]
         found = _joined(min(row.widths.values()) for row in touching)
         allowed = _joined(row.expected for row in touching)
-        issue = max(row.issue for row in group)
+        shares = (max(row.issue for row in group), max(row.wait for row in group))
         table.add_row(
             *key,
             str(len(group)),
             *(str(registers[target] or "") for target in GPUS),
             str(sum(r.report.spills for r in group)),
             str(max(r.report.stack for r in group)),
-            *(found, allowed, f"{issue:.2f}" if issue else ""),
+            *(found, allowed, *(f"{share:.2f}" if share else "" for share in shares)),
             _joined(row.launches for row in group),
         )
     title = (
         "Compile: registers a thread, spills, the narrowest access of an activation in bits; "
-        "issue: of the time that its bytes take on an H200, what a kernel's instructions need"
+        "issue: of the time that its bytes take on an H200, what a kernel's instructions need; "
+        "wait: of that time on its own GPU, what it waits for loads where it waits most"
     )
     return titled(title, table)
 

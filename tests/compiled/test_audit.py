@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
-from bench.audit import compile as compile_audit
+from bench.audit import limits
 from bench.audit.compile import GPUS, CompileCase, audit, cases, same_code
-from bench.audit.tables import compile_summary
+from bench.audit.tables import compile_summary, compile_table
 from bench.call import DIRECTIONS, Call
+from bench.report.terminal import plain
 from tritonnorm.device import KNOWN
 from tritonnorm.kernels import ALGORITHMS, BY_NAME
 from tritonnorm.kernels.base import Config
 from tritonnorm.tune import prune
+from tritonnorm.tune.loops import Loop
+from tritonnorm.tune.static import KernelReport
 
 CASES = cases()
 
@@ -79,8 +83,59 @@ def test_too_many_instructions_are_a_fault(monkeypatch: pytest.MonkeyPatch) -> N
     case = CompileCase(call, "persistent", "sm_90", every_config=False, disassemble=True)
     rows = audit(case)
     assert all(0.2 < row.issue < 0.8 and not row.faults for row in rows), [r.issue for r in rows]
-    monkeypatch.setitem(compile_audit.ISSUED, "sm_90", compile_audit.ISSUED["sm_90"] / 4)
+    monkeypatch.setitem(limits.ISSUED, "sm_90", limits.ISSUED["sm_90"] / 4)
     assert any("issues for" in fault for row in rows for fault in row.faults)
+
+
+def test_waits_are_measured_by_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A turn loads four vectors of 16 bytes, waits once, and stores as many: an H200 waits for it
+    longer, the fewer threads there are to do so at once."""
+    call = Call((64, 256, 56, 56), False, activation="relu", training=False)
+    (row,) = audit(CompileCase(call, "affine", "sm_90", False, True, ("forward",)))
+    (loop,) = row.report.loops
+    assert (loop.bytes, loop.loaded, loop.waits) == (8 * 16, 4 * 16, 1)
+    assert row.config.splits == 5 and row.report.registers <= 48
+    assert (row.warps, row.programs) == (4, 10)  # of 256 * 5; there are registers for more
+    seconds = 10 * 128 * 128 / (4.8e12 / 132)
+    assert row.wait == pytest.approx(limits.LATENCY / seconds) and not row.faults
+    assert replace(row, widths={}).wait == 0  # what touches no activations is not about bytes
+    shown = plain(compile_table([row])).split()[-3:]
+    assert shown == [f"{row.issue:.2f}", f"{row.wait:.2f}", "1"]
+    monkeypatch.setattr(limits, "MOST_WAIT", row.wait / 2)
+    assert any("waits for" in fault for fault in row.faults)
+
+
+def test_what_waits_most_counts() -> None:
+    """Of several loops; and the code around them is one."""
+    few, many = Loop(90, 64, 64, 0.5, True), Loop(900, 256, 128, 4, False)
+    report = KernelReport("k", "sm_90", 64, 0, 0, 0, {}, {}, loops=(few, many))
+    of_many = limits.wait(report, KNOWN["h200"], 1024)
+    assert of_many == pytest.approx(4 * limits.LATENCY * 4.8e12 / 132 / (256 * 1024))
+    assert limits.wait(replace(report, loops=(few,)), KNOWN["h200"], 512) == of_many
+    assert limits.wait(replace(report, loops=()), KNOWN["h200"], 512) == 0
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "warps", "grid", "programs"),
+    [
+        (64, 0, 4, 1 << 20, 8),  # registers
+        (33, 0, 4, 1 << 20, 12),  # eight at a time
+        (255, 0, 8, 1 << 20, 1),
+        (16, 0, 4, 1 << 20, 16),  # warps
+        (16, 0, 1, 1 << 20, 32),  # programs
+        (64, 32 << 10, 4, 1 << 20, 6),  # shared memory
+        (64, 37 << 10, 4, 1 << 20, 6),  # with a KB each for the system
+        (64, (37 << 10) + 1, 4, 1 << 20, 5),
+        (64, 0, 4, 133, 2),  # the launch has no more
+        (64, 0, 4, 132, 1),
+    ],
+)
+def test_programs_at_once(
+    registers: int, shared: int, warps: int, grid: int, programs: int
+) -> None:
+    report = KernelReport("k", "sm_90", registers, 0, 0, shared, {}, {})
+    assert limits.programs(report, KNOWN["h200"], warps, grid) == programs
+    assert limits.programs(report, KNOWN["mi300x"], warps, grid) == 0
 
 
 def test_a_narrow_access_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,6 +145,27 @@ def test_target_objects_and_shared_memory():
     assert (report.target, report.shared) == ("sm_89", 0)
 
 
+@triton.jit
+def pipelined_kernel(x_ptr, o_ptr, n, B: tl.constexpr, S: tl.constexpr):
+    i = tl.arange(0, B)
+    total = tl.zeros([B], tl.float32)
+    for k in tl.range(0, n, num_stages=S):
+        total += tl.load(x_ptr + k * B + i)
+    tl.store(o_ptr + i, total)
+
+
+@pytest.mark.parametrize("stages", [3, 5])
+def test_a_pipelined_loop(stages):
+    """Its shared memory is dynamic: the cubin does not name it. A turn loads 32 bytes a thread
+    straight to shared memory, all but one of the stages ahead."""
+    types = {"x_ptr": "*fp32", "o_ptr": "*fp32", "n": "i32"}
+    report = inspect_kernel(pipelined_kernel, types, {"B": 1024, "S": stages}, ["x_ptr", "o_ptr"])
+    assert (stages - 1) * 4096 <= report.shared <= stages * 4096
+    loop = report.loops[0]
+    assert (loop.bytes, loop.loaded, loop.inner) == (32, 32, True)
+    assert loop.waits == pytest.approx(1 / (stages - 1))
+
+
 def test_changed_function_in_a_tuple_is_not_served_from_the_cache():
     from tritonnorm.tune.static import _source
 
