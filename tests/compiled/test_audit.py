@@ -106,12 +106,14 @@ def test_waits_are_measured_by_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_waits_most_counts() -> None:
-    """Of several loops; and the code around them is one."""
+    """Of several loops; the code around them only where there is none, as it runs once."""
     few, many = Loop(90, 64, 64, 0.5, True), Loop(900, 256, 128, 4, False)
     report = KernelReport("k", "sm_90", 64, 0, 0, 0, {}, {}, loops=(few, many))
-    of_many = limits.wait(report, KNOWN["h200"], 1024)
-    assert of_many == pytest.approx(4 * limits.LATENCY * 4.8e12 / 132 / (256 * 1024))
-    assert limits.wait(replace(report, loops=(few,)), KNOWN["h200"], 512) == of_many
+    of_few = limits.wait(report, KNOWN["h200"], 1024)
+    assert of_few == pytest.approx(0.5 * limits.LATENCY * 4.8e12 / 132 / (64 * 1024))
+    assert limits.wait(replace(report, loops=(many,)), KNOWN["h200"], 1024) == 2 * of_few
+    both = replace(report, loops=(few, replace(many, inner=True)))
+    assert limits.wait(both, KNOWN["h200"], 1024) == 2 * of_few
     assert limits.wait(replace(report, loops=()), KNOWN["h200"], 512) == 0
 
 

@@ -15,7 +15,8 @@ from . import _tile as tile
 def load_residual(
     residual_ptr,  # [N, C, P] dense, or None
     x,  # comes back where there is no residual, for nothing
-    at,
+    base,
+    lane,
     valid,
     ONCE: tl.constexpr,  # eviction policy of what is accessed here, or ""
 ):
@@ -25,7 +26,7 @@ def load_residual(
         return x
     else:
         other = tile.zero(valid)
-        return tl.load(residual_ptr + at, mask=valid, other=other, eviction_policy=ONCE)
+        return tl.load(residual_ptr + base + lane, mask=valid, other=other, eviction_policy=ONCE)
 
 
 @triton.jit
@@ -103,7 +104,7 @@ def load_gradients(
     other = tile.zero(valid)
     dy = tl.load(dy_ptr + base + lane, mask=valid, other=other, eviction_policy=ONCE)
     if mask_ptr is None:
-        return dy, load_residual(residual_ptr, dy, base + lane, valid, ONCE)
+        return dy, load_residual(residual_ptr, dy, base, lane, valid, ONCE)
     elif WORDS:
         at, there = tile.word_offsets(c0, n0, p0, N, C, P, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST)
         word = tl.pointer_type(tl.int32)

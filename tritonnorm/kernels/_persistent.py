@@ -125,8 +125,9 @@ def _output_of_block(
     for k in tl.static_range(KEPT):
         n0, p0 = tile.chunk_origin(kept_from + k, P, BLOCK_N, BLOCK_P, CHANNELS_LAST)
         valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
-        there = n0 * s_n + p0 * s_p + lane
-        residuals = residuals + (body.load_residual(residual_ptr, xs[k], there, valid, ONCE),)
+        to = n0 * s_n + p0 * s_p
+        kept = body.load_residual(residual_ptr, xs[k], to, lane, valid, ONCE)
+        residuals = residuals + (kept,)
     for k in tl.static_range(KEPT):
         n0, p0 = tile.chunk_origin(kept_from + k, P, BLOCK_N, BLOCK_P, CHANNELS_LAST)
         valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
@@ -143,7 +144,7 @@ def _output_of_block(
         nothing = tile.zero(exist)
         x = tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=exist, other=nothing,
             eviction_policy=ONCE)  # fmt: skip
-        residual = body.load_residual(residual_ptr, x, dense + lane, exist, ONCE)
+        residual = body.load_residual(residual_ptr, x, dense, lane, exist, ONCE)
         body.store_output(
             x.to(ACC), residual, mean, scale, shift, leak, y_ptr, residual_ptr, mask_ptr,
             dense, lane, exist, c0, n0, p0, N, C, P,

@@ -72,8 +72,10 @@ def forward_kernel(
     for chunk in tl.static_range(AHEAD):
         n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P, CHANNELS_LAST)
         valid = tile.valid_lanes(c, end, lane_n, lane_p, n0, p0, N, P)
-        dense = n0 * s_n + p0 * s_p + lane
-        residuals = residuals + (body.load_residual(residual_ptr, xs[chunk], dense, valid, ""),)
+        dense = n0 * s_n + p0 * s_p
+        residuals = residuals + (
+            body.load_residual(residual_ptr, xs[chunk], dense, lane, valid, ""),
+        )
     tile.all_on_their_way(N + C + P)
     one = tl.full([BLOCK_C], 1.0, ACC)
     scale, shift = epilogue.affine_parameters(at, channels, one, weight_ptr, bias_ptr)
@@ -101,8 +103,8 @@ def forward_kernel(
         if chunk + AHEAD < CHUNKS:
             n0, p0 = tile.chunk_origin(chunk + AHEAD, P, BLOCK_N, BLOCK_P, CHANNELS_LAST)
             valid = tile.valid_lanes(c, end, lane_n, lane_p, n0, p0, N, P)
-            dense = n0 * s_n + p0 * s_p + lane
-            residual = body.load_residual(residual_ptr, xs[chunk + AHEAD], dense, valid, "")
+            dense = n0 * s_n + p0 * s_p
+            residual = body.load_residual(residual_ptr, xs[chunk + AHEAD], dense, lane, valid, "")
             residuals = residuals + (residual,)
         n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P, CHANNELS_LAST)
         valid = tile.valid_lanes(c, end, lane_n, lane_p, n0, p0, N, P)

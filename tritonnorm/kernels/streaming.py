@@ -96,7 +96,7 @@ def apply_kernel(
         valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
         base = n0 * s_n + p0 * s_p
         x = tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=valid, other=0.0).to(ACC)
-        residual = body.load_residual(residual_ptr, x, base + lane, valid, "")
+        residual = body.load_residual(residual_ptr, x, base, lane, valid, "")
         body.store_output(
             x, residual, mean, scale, shift, leak, y_ptr, residual_ptr, mask_ptr,
             base, lane, valid, c0, n0, p0, N, C, P,
