@@ -76,7 +76,8 @@ def forward_kernel(
         residuals = residuals + (
             body.load_residual(residual_ptr, xs[chunk], dense, lane, valid, ""),
         )
-    tile.all_on_their_way(N + C + P)
+    if VEC > 1:  # many loads of single elements are on their way in any order
+        tile.all_on_their_way(N + C + P)
     one = tl.full([BLOCK_C], 1.0, ACC)
     scale, shift = epilogue.affine_parameters(at, channels, one, weight_ptr, bias_ptr)
     leak = None
