@@ -75,19 +75,19 @@ def observe(operators: bool = True) -> Iterator[Launches]:
 @contextlib.contextmanager
 def _interpreted(seen: Counter[str]) -> Iterator[None]:
     """Count the launches of Triton's interpreter by the kernel's name."""
-    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.interpreter import GridExecutor
 
-    original = InterpretedFunction.run
+    original = GridExecutor.__call__
 
     def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
         seen[self.fn.__name__] += 1
         return original(self, *args, **kwargs)
 
-    InterpretedFunction.run = counted
+    GridExecutor.__call__ = counted
     try:
         yield
     finally:
-        InterpretedFunction.run = original
+        GridExecutor.__call__ = original
 
 
 @contextlib.contextmanager

@@ -29,12 +29,31 @@ def texts_as_defaults(source: str) -> list[str]:
     ]
 
 
+def returned_nothing(source: str) -> list[str]:
+    """Functions that return None, alone or among others, which Triton 3.6 cannot."""
+    return [
+        f.name
+        for f in jitted(source)
+        for node in ast.walk(f)
+        if isinstance(node, ast.Return) and node.value is not None
+        for value in (node.value.elts if isinstance(node.value, ast.Tuple) else [node.value])
+        if isinstance(value, ast.Constant) and value.value is None
+    ]
+
+
 @pytest.mark.parametrize("path", sorted(KERNELS.glob("*.py")), ids=lambda p: p.stem)
 def test_no_text_is_a_default(path: Path) -> None:
     assert texts_as_defaults(path.read_text(encoding="utf-8")) == []
 
 
+@pytest.mark.parametrize("path", sorted(KERNELS.glob("*.py")), ids=lambda p: p.stem)
+def test_nothing_is_no_result(path: Path) -> None:
+    assert returned_nothing(path.read_text(encoding="utf-8")) == []
+
+
 def test_one_would_be_found() -> None:
     source = '@triton.jit\ndef f(x, P: tl.constexpr = ""):\n    pass\n\ndef g(x=""):\n    pass\n'
     assert texts_as_defaults(source) == ["f"]
+    source = "@triton.jit\ndef f(x):\n    return x, None\n\ndef g():\n    return None\n"
+    assert returned_nothing(source) == ["f"]
     assert sum(len(jitted(p.read_text(encoding="utf-8"))) for p in KERNELS.glob("*.py")) > 30

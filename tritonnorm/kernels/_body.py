@@ -25,8 +25,7 @@ def load_residual(
     if residual_ptr is None:
         return x
     else:
-        other = tile.zero(valid)
-        return tl.load(residual_ptr + base + lane, mask=valid, other=other, eviction_policy=ONCE)
+        return tl.load(residual_ptr + base + lane, mask=valid, other=0.0, eviction_policy=ONCE)
 
 
 @triton.jit
@@ -101,8 +100,7 @@ def load_gradients(
 ):
     """What `gradient` needs besides x, as it is: dy, and the bits of the gate or the residual; dy
     again where it needs neither."""
-    other = tile.zero(valid)
-    dy = tl.load(dy_ptr + base + lane, mask=valid, other=other, eviction_policy=ONCE)
+    dy = tl.load(dy_ptr + base + lane, mask=valid, other=0.0, eviction_policy=ONCE)
     if mask_ptr is None:
         return dy, load_residual(residual_ptr, dy, base, lane, valid, ONCE)
     elif WORDS:

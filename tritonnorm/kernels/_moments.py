@@ -63,12 +63,9 @@ def begin_run(BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, ACC: tl.constexpr):
 def add_tile(sums, squares, x, first, valid):
     """Add a tile less its pivot, and the square of that, element by element.
 
-    sums, squares, x  # [BLOCK_C, BLOCK_M] accumulator dtype; first, valid: broadcast; valid None:
-    everywhere
+    sums, squares, x  # [BLOCK_C, BLOCK_M] accumulator dtype; first, valid: broadcast
     """
-    shifted = x - first
-    if valid is not None:
-        shifted = tl.where(valid, shifted, 0.0)
+    shifted = tl.where(valid, x - first, 0.0)
     return sums + shifted, squares + shifted * shifted
 
 

@@ -57,8 +57,7 @@ def _moments_of_block(
     for chunk in tl.range(first, kept_from, num_stages=STAGES):
         n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P, CHANNELS_LAST)
         columns, exist = tile.existing(c, C, lane_n, lane_p, n0, p0, N, P, WHOLE, EVEN)
-        nothing = tile.zero(exist)
-        x = tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=exist, other=nothing).to(ACC)
+        x = tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=exist, other=0.0).to(ACC)
         sums, squares = moments.add_tile(sums, squares, x, pivot[:, None], columns)
         count += tile.chunk_size(n0, p0, N, P, BLOCK_N, BLOCK_P).to(ACC)
     total = tl.sum(sums, 1)
@@ -141,8 +140,7 @@ def _output_of_block(
         n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P, CHANNELS_LAST)
         _columns, exist = tile.existing(c, C, lane_n, lane_p, n0, p0, N, P, WHOLE, EVEN)
         dense = n0 * s_n + p0 * s_p
-        nothing = tile.zero(exist)
-        x = tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=exist, other=nothing,
+        x = tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=exist, other=0.0,
             eviction_policy=ONCE)  # fmt: skip
         residual = body.load_residual(residual_ptr, x, dense, lane, exist, ONCE)
         body.store_output(

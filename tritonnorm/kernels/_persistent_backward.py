@@ -43,8 +43,7 @@ def _sums_of_block(
     for chunk in tl.range(first, kept_from, num_stages=STAGES):
         n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P, CHANNELS_LAST)
         _columns, exist = tile.existing(c, C, lane_n, lane_p, n0, p0, N, P, WHOLE, EVEN)
-        nothing = tile.zero(exist)
-        x = tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=exist, other=nothing).to(ACC)
+        x = tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=exist, other=0.0).to(ACC)
         dy, bits = body.load_gradients(
             dy_ptr, residual_ptr, mask_ptr, n0 * s_n + p0 * s_p, lane, exist,
             c0, n0, p0, N, C, P, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST, "", WORDS,
@@ -181,8 +180,7 @@ def _gradients_of_block(
         n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P, CHANNELS_LAST)
         _columns, exist = tile.existing(c, C, lane_n, lane_p, n0, p0, N, P, WHOLE, EVEN)
         dense = n0 * s_n + p0 * s_p + lane
-        nothing = tile.zero(exist)
-        x = tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=exist, other=nothing,
+        x = tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=exist, other=0.0,
             eviction_policy=ONCE).to(ACC)  # fmt: skip
         dy, bits = body.load_gradients(
             dy_ptr, residual_ptr, mask_ptr, n0 * s_n + p0 * s_p, lane, exist,

@@ -84,15 +84,16 @@ def valid_columns(lane_n, lane_p, n0, p0, N, P):
 
 @triton.jit
 def existing(c, C, lane_n, lane_p, n0, p0, N, P, WHOLE: tl.constexpr, EVEN: tl.constexpr):
-    """`valid_columns` and `valid_lanes` of a chunk. None, and so no comparison, where everything
-    exists: WHOLE says that of the columns, EVEN of the channels."""
+    """`valid_columns` and `valid_lanes` of a chunk, with no comparison where everything exists:
+    WHOLE says that of the columns, EVEN of the channels. The compiler leaves out a mask that is
+    known to be true."""
+    columns = tl.full([1, 1], True, tl.int1)
     if not WHOLE:
         columns = valid_columns(lane_n, lane_p, n0, p0, N, P)
-        return columns, (c < C)[:, None] & columns
-    elif not EVEN:
-        return None, (c < C)[:, None]
+    if WHOLE and EVEN:
+        return columns, columns
     else:
-        return None, None
+        return columns, (c < C)[:, None] & columns
 
 
 @triton.jit
@@ -105,15 +106,6 @@ def all_on_their_way(size):
     """
     for _ in range((tl.cast(size, tl.int32) < 0).to(tl.int32)):
         tl.debug_barrier()
-
-
-@triton.jit
-def zero(valid):
-    """What `tl.load` has for elements that do not exist; it wants nothing where all do."""
-    if valid is None:
-        return None
-    else:
-        return 0.0
 
 
 @triton.jit
