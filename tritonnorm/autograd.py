@@ -38,27 +38,28 @@ class BatchNormFunction(torch.autograd.Function):
         batch_statistics, momentum, eps, activation, activation_args = options
         learned = () if slope is None else (slope,)
         save_mask = residual is not None and activity(activation) == "two_valued"
+        direct = ops.unwatched(x, residual, weight, bias, running_mean, running_var, counter, slope)
         if batch_statistics:
-            y, mean, rstd, mask = ops.training(
+            y, mean, rstd, mask = ops.training(direct)(
                 x, residual, weight, bias, running_mean, running_var, counter,
                 momentum, eps, activation, activation_args, save_mask, *learned,
             )  # fmt: skip
         else:
-            y, mean, rstd, mask = ops.inference(
+            y, mean, rstd, mask = ops.inference(direct)(
                 x, residual, weight, bias, running_mean, running_var,
                 eps, activation, activation_args, True, save_mask, *learned,
             )  # fmt: skip
         kept = residual if residual is not None and activity(activation) == "smooth" else None
         saved = (x, kept, mask if save_mask else None, weight, bias, mean, rstd)
         ctx.save_for_backward(*saved, *learned)
-        ctx.options = (batch_statistics, eps, activation, activation_args)
+        ctx.options = (batch_statistics, eps, activation, activation_args, direct)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # once: a checkpoint lets a tensor be unpacked once
         x, residual, mask, weight, bias, mean, rstd, *learned = saved
-        batch_statistics, _, activation, activation_args = ctx.options
+        batch_statistics, _, activation, activation_args, direct = ctx.options
         needs = [
             ctx.needs_input_grad[0],
             ctx.needs_input_grad[1] and bool(activation),
@@ -72,7 +73,8 @@ class BatchNormFunction(torch.autograd.Function):
         elif torch.is_grad_enabled() and not torch.compiler.is_compiling():
             found = _differentiable_backward(saved, ctx.options, grads[0], needs)
         else:
-            found = ops.backward(
+            direct = direct and ops.unwatched(grads[0], before=saved)
+            found = ops.backward(direct)(
                 grads[0], x, residual, mask, weight, bias, mean, rstd,
                 batch_statistics, activation, activation_args, needs, *learned,
             )  # fmt: skip
@@ -91,7 +93,7 @@ def _differentiable_backward(
     """The backward as PyTorch operations, so that it has derivatives itself."""
     x, residual, mask, weight, bias, mean, rstd, *learned = saved
     x, weight, bias = reference.apart(x, weight, bias)
-    batch_statistics, eps, activation, activation_args = options
+    batch_statistics, eps, activation, activation_args, _ = options
     wide = torch.promote_types(x.dtype, mean.dtype)
     x_, dy_ = x.to(wide), dy.to(wide)
     z, w, b = (None if t is None else t.to(wide) for t in (residual, weight, bias))
@@ -147,12 +149,13 @@ def batch_norm(
             (batch_statistics, momentum, eps, activation, activation_args),
         )  # fmt: skip
     learned = () if slope is None else (slope,)
+    direct = ops.unwatched(x, residual, weight, bias, running_mean, running_var, counter, slope)
     if batch_statistics:
-        return ops.training(
+        return ops.training(direct)(
             x, residual, weight, bias, running_mean, running_var, counter,
             momentum, eps, activation, activation_args, False, *learned,
         )[0]  # fmt: skip
-    return ops.inference(
+    return ops.inference(direct)(
         x, residual, weight, bias, running_mean, running_var,
         eps, activation, activation_args, False, False, *learned,
     )[0]  # fmt: skip

@@ -37,6 +37,15 @@ class Accepted(dict[Any, tuple[str, tuple[float, ...]]]):
         self[key] = value
 
 
+def _hashable(activation: Any, activation_args: Any) -> bool:
+    """Whether an epilogue is of the plain kinds that a key may hold."""
+    if activation is not None and activation.__class__ is not str:
+        return False
+    return activation_args.__class__ is tuple and (
+        not activation_args or all(a.__class__ is float for a in activation_args)
+    )
+
+
 def call_key(
     tensors: tuple[Any, ...],
     activation: str | None,
@@ -45,11 +54,7 @@ def call_key(
 ) -> tuple[Any, ...] | None:
     """What the checks look at, so that calls that are alike are checked once; None for a call with
     arguments that only a check may touch. The first tensor is the input."""
-    if activation is not None and activation.__class__ is not str:
-        return None
-    if activation_args.__class__ is not tuple or (
-        activation_args and any(a.__class__ is not float for a in activation_args)
-    ):
+    if not _hashable(activation, activation_args):
         return None
     key: list[Any] = [tensors[0].layout, activation, activation_args, *options]
     for t in tensors:  # one tuple of all: a tuple of tuples costs more to hash and to compare
@@ -57,6 +62,37 @@ def call_key(
             key.append(None)
         else:
             key += (t.shape, t.dtype, t.device, t.is_contiguous())
+    return tuple(key)
+
+
+def batch_norm_key(
+    input: Tensor,
+    residual: Tensor | None,
+    slope: Tensor | None,
+    vectors: tuple[Tensor | None, ...],
+    running: tuple[Tensor | None, ...],
+    activation: str | None,
+    activation_args: Sequence[float],
+    options: tuple[Any, ...],
+) -> tuple[Any, ...] | None:
+    """`call_key` for a batch norm, of less: ``vectors`` are looked at for how many elements they
+    have, as every look costs the host. Of the ``running`` ones the layout counts too."""
+    if not _hashable(activation, activation_args):
+        return None
+    key: list[Any] = [input.layout, input.shape, input.dtype, input.device, activation]
+    key += (activation_args, *options)
+    for t in (residual, slope):
+        if t is None:
+            key.append(None)
+        else:
+            key += (t.shape, t.dtype, t.device)
+    for t in vectors:
+        if t is None:
+            key.append(None)
+        else:
+            key += (t.numel(), t.dtype, t.device)
+    for t in running:
+        key.append(t is None or t.is_contiguous())
     return tuple(key)
 
 
@@ -160,10 +196,11 @@ def overridden(tensors: tuple[Tensor | None, ...]) -> str | None:
     """A reason to hand the whole call to PyTorch unseen, or None."""
     if has_override(tensors):
         return "an argument overrides torch functions (a tracer or a tensor subclass)"
-    if not torch.compiler.is_compiling() and tensors[0] is not None and tensors[0].is_nested:
-        return "input is nested"
-    if torch.jit.is_tracing() or torch.jit.is_scripting():
-        return "torch.jit is tracing"
+    if not torch.compiler.is_compiling():
+        if tensors[0] is not None and tensors[0].is_nested:
+            return "input is nested"
+        if torch._C._is_tracing():  # `torch.jit.is_tracing` of the host's code, at half the cost
+            return "torch.jit is tracing"
     return None
 
 

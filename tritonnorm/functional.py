@@ -13,7 +13,7 @@ from torch import Tensor
 from . import activation as activations
 from .conditions import (
     Accepted,
-    call_key,
+    batch_norm_key,
     check_batch_norm,
     check_device,
     log_once,
@@ -81,10 +81,15 @@ def batch_norm(
     tensors = (input, running_mean, running_var, weight, bias, residual, num_batches_tracked, slope)
     seen = overridden(tensors)  # first: a tracer would record that it was looked at
     key = None
+    compiling = torch.compiler.is_compiling()
     known = slope is None or isinstance(slope, Tensor)
-    if seen is None and known and not torch.compiler.is_compiling():
-        options = (training, momentum is None, eps)
-        key = call_key(tensors, activation, activation_args, options)
+    if seen is None and known and not compiling:
+        key = batch_norm_key(
+            input, residual, slope,
+            (weight, bias, running_mean, running_var, num_batches_tracked),
+            (running_mean, running_var), activation, activation_args,
+            (training, momentum is None, eps),
+        )  # fmt: skip
     accepted = None if key is None else _accepted.get(key)
     if accepted is None or surroundings(input):
         channels = input.shape[1] if slope is not None and input.dim() > 1 else 0
@@ -107,7 +112,9 @@ def batch_norm(
         accepted = act.name if act else "", act_args
         if key is not None:
             _accepted.put(key, accepted)
-    return _autograd().batch_norm(
+    # Dynamo would guard the global, and compile a second time.
+    kernels = _autograd() if compiling or _imported is None else _imported
+    return kernels.batch_norm(
         input, residual, weight, bias, running_mean, running_var,
         num_batches_tracked if training else None, training, momentum, eps, *accepted, slope,
     )  # fmt: skip
@@ -115,14 +122,12 @@ def batch_norm(
 
 def _autograd() -> Any:
     """The module that launches kernels. It is imported with the first call: it needs triton."""
-    if torch.compiler.is_compiling():  # dynamo would guard the global, and compile a second time
-        from . import autograd
+    from . import autograd
 
-        return autograd
-    global _imported
-    if _imported is None:
-        from . import autograd as _imported
-    return _imported
+    if not torch.compiler.is_compiling():
+        global _imported
+        _imported = autograd
+    return autograd
 
 
 _imported: Any = None

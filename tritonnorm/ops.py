@@ -88,9 +88,9 @@ def _forward(
 ) -> Outputs:
     y = torch.empty_like(x)
     found = recipe(
-        *("forward", x.shape, x.stride(), x.dtype, Device.of(x.device), forced()),
-        *(batch_statistics, activation, tuple(activation_args), residual is not None, save_mask),
-    )
+        "forward", x.shape, x.stride(), x.dtype, Device.of(x.device), forced(),
+        batch_statistics, activation, tuple(activation_args), residual is not None, save_mask,
+    )  # fmt: skip
     mean, rstd, mask = _saved(x, running_mean, found.problem, save_statistics)
     found.run(
         ForwardArguments(  # by name they cost the host a microsecond more
@@ -191,10 +191,10 @@ def _backward(
     """``needs``: which of dinput, dresidual, dweight, dbias (and, with a slope, dslope) to compute;
     the others are None."""
     found = recipe(
-        *("backward", input.shape, input.stride(), input.dtype, Device.of(input.device), forced()),
-        *(batch_statistics, activation, tuple(activation_args)),
-        *(residual is not None or mask is not None, mask is not None, tuple(needs)),
-    )
+        "backward", input.shape, input.stride(), input.dtype, Device.of(input.device), forced(),
+        batch_statistics, activation, tuple(activation_args),
+        residual is not None or mask is not None, mask is not None, tuple(needs),
+    )  # fmt: skip
     outputs = _gradients(input, weight, bias, needs)
     dslope = None
     if slope is not None and needs[4]:
@@ -277,54 +277,46 @@ def _(grad: Tensor, input: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return promised((*_gradients(input, weight, bias, needs), dslope), input)
 
 
-def unwatched(*tensors: Tensor | None) -> bool:
+def unwatched(*tensors: Tensor | None, before: Sequence[Tensor | None] = ()) -> bool:
     """Whether nothing looks at operators now, so that calling their code directly is the same.
 
     The dispatcher's way to an operator in Python costs some 15 microseconds. A compiler, a mode, a
     profiler or a subclass of Tensor sees operators only there; and there a tensor with the negative
     bit, as the imaginary part of a conjugate, gets its values.
+
+    Args:
+        tensors: arguments of the operator; None is not given.
+        before: more of them, which were looked at by the forward of this backward. All that can
+            have become of them since, by a hook for saved tensors, is another class.
     """
     if torch.compiler.is_compiling():
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._autograd._profiler_enabled():
         return False
+    if not _PLAIN.issuperset(map(type, (*tensors, *before))):
+        return False
     for t in tensors:  # noqa: SIM110 - a generator takes twice as long
-        if t is not None and (t.__class__ not in _PLAIN or t.is_neg()):
+        if t is not None and t.is_neg():
             return False
     return True
 
 
-_PLAIN = {Tensor, torch.nn.Parameter}
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
 
 
-def training(*args: Any) -> Outputs:
-    """`batch_norm_training`. A mask that is not asked for may be None."""
-    call = (
-        _training
-        if unwatched(*args[:7], *args[12:])
-        else torch.ops.tritonnorm.batch_norm_training.default
-    )
-    return call(*args)
+def training(direct: bool) -> Callable[..., Outputs]:
+    """`batch_norm_training`, or directly its code, where a mask not asked for may be None."""
+    return _training if direct else torch.ops.tritonnorm.batch_norm_training.default
 
 
-def inference(*args: Any) -> Outputs:
-    """`batch_norm_inference`. What is not asked for may be None."""
-    call = (
-        _inference
-        if unwatched(*args[:6], *args[11:])
-        else torch.ops.tritonnorm.batch_norm_inference.default
-    )
-    return call(*args)
+def inference(direct: bool) -> Callable[..., Outputs]:
+    """`batch_norm_inference`, or directly its code, where what is not asked for may be None."""
+    return _inference if direct else torch.ops.tritonnorm.batch_norm_inference.default
 
 
-def backward(*args: Any) -> Gradients:
-    """`batch_norm_backward`. What is not asked for may be None."""
-    call = (
-        _backward
-        if unwatched(*args[:8], *args[12:])
-        else torch.ops.tritonnorm.batch_norm_backward.default
-    )
-    return call(*args)
+def backward(direct: bool) -> Callable[..., Gradients]:
+    """`batch_norm_backward`, or directly its code, where what is not asked for may be None."""
+    return _backward if direct else torch.ops.tritonnorm.batch_norm_backward.default
 
 
 def unpack_mask(mask: Tensor, x: Tensor) -> Tensor:
