@@ -144,7 +144,7 @@ def rows_of(
             launches=len(launches),
             read_bytes=sum(kernel.read for kernel in launches),
             written_bytes=sum(kernel.written for kernel in launches),
-            fewest_read=reads * problem.bytes + masked * problem.view.mask_bytes,
+            fewest_read=reads * problem.bytes + masked * problem.mask_bytes,
             fewest=minimum_bytes(problem),
         )
 

@@ -35,7 +35,7 @@ class Room:
 KERNELS = ("kernels", "kernels.base")
 IMPURE = ("activated", "conditions", "report", "settings")
 PURE_LEAVES = tuple(leaf for leaf in LEAVES if leaf not in IMPURE)
-FOR_TRIALS = ("kernels.folding", "kernels.group_base", "kernels.masked_launches")
+FOR_TRIALS = tuple(f"kernels.{n}" for n in ("folding", "group_base", "masked_launches", "planes"))
 LOOKUP = ("tune.key", "tune.revisions", "tune.agree", "tune.store", "tune.lookup")
 BELOW_OPS = (*LEAVES, *KERNELS, "plan", "recipe", "operators")
 BELOW_NN = (*BELOW_OPS, "ops", "autograd", "functional")
@@ -83,7 +83,7 @@ ROOMS = (
         "kernels.*",
         ours=(
             *(*PURE_LEAVES, "kernels._*", "kernels.base", "kernels.*_base", "kernels.launch"),
-            *("kernels.tiling", "kernels.streaming"),
+            *("kernels.tiling", "kernels.planes", "kernels.streaming"),
         ),
         theirs=("torch", "triton"),
         without=("os",),

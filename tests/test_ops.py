@@ -101,7 +101,9 @@ def test_opcheck_backward(sample: tuple[Any, ...], needs: list[bool], batch: boo
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(3, 5, 4, 6), (2, 3, 2, 3, 4), (1, 4, 5, 1)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(3, 5, 4, 6), (2, 3, 2, 3, 4), (1, 4, 5, 1), (32, 8, 3, 3)], ids=str
+)
 def test_fake_strides_are_the_real_ones(shape: tuple[int, ...], layout: str) -> None:
     sample = training_sample(shape, layout, residual=True, activation="relu", save_mask=True)
     back = backward_sample([True] * 4, True, *sample)

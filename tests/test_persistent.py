@@ -20,6 +20,7 @@ from tests.test_plan import PROBLEMS
 from tritonnorm.device import INTERPRETER, KNOWN, Device, simulated
 from tritonnorm.kernels import BY_NAME, _barrier, persistent
 from tritonnorm.kernels.base import Config, registers_kept
+from tritonnorm.kernels.planes import blocks_of, seen_as
 from tritonnorm.plan import choose, force_plan
 from tritonnorm.problem import minimum_bytes
 
@@ -38,7 +39,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 def configs(call: Call, direction: str) -> list[Config]:
     """What is kept in different ways: nothing, one chunk, all; with one set of programs and two."""
     tiling = PERSISTENT.heuristic(call.problem(direction), SMALL)
-    own = -(-tiling.chunks(call.problem(direction)) // 2)
+    own = -(-tiling.chunks(seen_as(call.problem(direction), tiling)) // 2)
     return [
         replace(tiling, splits=2, num_warps=4, kept=kept, at_once=at_once)
         for kept, at_once in ((0, 1), (min(1, own), 2), (own, 2))
@@ -64,6 +65,12 @@ CASES = [
     Case((9, 3, 5, 6), "channel_slice", **WHOLE),
     Case((3, 10, 6, 6), "channels_last_slice", needs="xr", **WHOLE),
     Case((3, 9, 6, 6), "contiguous", mean=1e4, std=1.0),
+    # Tiny planes, as rows of all channels.
+    Case((34, 8, 3, 3), "contiguous", torch.float16, torch.float32, **WHOLE),
+    Case((33, 24, 5, 3), "contiguous", torch.bfloat16, activation="silu", residual="contiguous"),
+    Case((37, 16, 3, 3), activation="prelu", slope="channel"),
+    Case((37, 16, 3, 3), mean=1e4, std=1.0),
+    Case((12, 8, 5, 5), "contiguous", activation="relu", momentum=None),
     Case((3, 10, 6, 6), "channels_last", mean=1e4, std=1.0),
 ]
 
@@ -90,6 +97,8 @@ CALLS = [
     Call((3, 20, 4, 5), True, torch.float32, "relu", True),
     Call((12, 3, 3, 20), False, torch.bfloat16, "prelu"),
     Call((6, 3, 5, 20), False, torch.bfloat16, "relu", True),  # rows of a mask: 12.5 bytes
+    Call((36, 16, 3, 3), False, torch.bfloat16, "relu", True),  # tiny planes
+    Call((35, 24, 3, 5), False, torch.float32, "relu", True),
 ]
 
 
@@ -176,14 +185,14 @@ def test_never_more_programs_than_fit(monkeypatch: pytest.MonkeyPatch, device: D
         if PERSISTENT.supports(problem, device) is not None:
             continue
         for config in PERSISTENT.configs(problem, device):
-            chunks, blocks = config.chunks(problem), config.channel_blocks(problem)
+            chunks, blocks = config.chunks(seen_as(problem, config)), blocks_of(problem, config)
             own = -(-chunks // config.splits)
             assert config.splits >= 2 and 1 <= config.at_once <= blocks
             each = 8 // config.num_warps  # 8 warps of 255 registers fill a register file
             assert config.at_once * config.splits <= device.sms * each
             assert config.num_warps in (4, 8) and (config.splits - 1) * own < chunks
             assert 0 <= config.kept <= own
-            kept = config.kept * config.tile * registers_kept(problem)
+            kept = config.kept * config.tile * registers_kept(seen_as(problem, config))
             assert kept <= payload * config.num_warps * device.warp
             moved = PERSISTENT.dram_bytes(problem, config, device)
             spared = config.overlaps or moved > minimum_bytes(problem)

@@ -11,11 +11,17 @@ from tests import matrix
 from tests.cases import Case
 from tritonnorm.device import INTERPRETER, KNOWN
 from tritonnorm.kernels import BY_NAME
-from tritonnorm.kernels.base import Config, vector_of
+from tritonnorm.kernels.base import Config, EpilogueArguments
+from tritonnorm.kernels.planes import vector_of
 from tritonnorm.plan import choose, force_plan
+from tritonnorm.problem import minimum_bytes
+from tritonnorm.tune.prune import access_width
 
 RESIDENT = BY_NAME["resident"]
-KINDS = ((None, None), ("relu", None), ("silu", "contiguous"), ("prelu", None))
+KINDS = (
+    *((None, None), ("relu", None), ("silu", "contiguous"), ("prelu", None)),
+    ("relu", "contiguous"),
+)
 
 
 def rows(call: Call, direction: str = "backward") -> list[Config]:
@@ -24,7 +30,9 @@ def rows(call: Call, direction: str = "backward") -> list[Config]:
     return sorted({config for config in found if config.block_c > 1}, key=lambda c: -c.block_c)
 
 
-@pytest.mark.parametrize("shape", [(5, 16, 7, 7), (9, 40, 3, 3), (1, 10, 1, 30)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(5, 16, 7, 7), (9, 40, 3, 3), (1, 10, 1, 30), (33, 24, 3, 3)], ids=str
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("activation", "residual"), KINDS)
 def test_matrix(
@@ -42,12 +50,51 @@ def test_matrix(
         matrix.check(case, "cpu", "resident", config=config)
 
 
+@pytest.mark.parametrize("shape", [(33, 16, 7, 7), (40, 24, 3, 5)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("activation", "residual"), KINDS)
+@pytest.mark.parametrize("training", [True, False])
+def test_sums_of_columns(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    activation: str | None,
+    residual: str | None,
+    training: bool,
+) -> None:
+    """Where rows are cut anywhere, and a channel's sums are those of its columns."""
+    case = Case(
+        *(shape, "contiguous", dtype, torch.float32, activation),
+        residual=residual,
+        training=training,
+        slope="shared" if activation == "prelu" else None,
+    )
+    matrix.check(case, "cpu", "split" if training else "affine")
+
+
+def test_a_mask_goes_with_whole_planes() -> None:
+    """A configuration of one channel would write bytes of another layout."""
+    problem = Call((33, 16, 7, 7), activation="relu", residual=True).problem("forward")
+    with pytest.raises(ValueError, match=r"config: .* has no whole bytes of a mask"):
+        RESIDENT.forward(problem, Config(1, 8, 64), EpilogueArguments.named("relu", ()))
+
+
 @pytest.mark.parametrize("kind", [{}, {"activation": "silu", "residual": True}], ids=str)
 def test_bytes(kind: dict) -> None:
     """The fewest, no race, no access out of bounds."""
     call = Call((5, 24, 3, 3), **kind)
     found = rows(call)
     assert [config.block_c for config in found] == [128, 64, 32]  # 8, 4 and 2 planes of 9
+    for config in found:
+        for row in count(call, "resident", config=config):
+            assert row.counted == row.model == row.minimum
+
+
+@pytest.mark.parametrize(("shape", "width"), [((33, 24, 3, 3), 128), ((32, 12, 3, 2), 32)])
+def test_bytes_of_a_mask(shape: tuple[int, ...], width: int) -> None:
+    """Blocks have whole bytes of it: 8 planes of 9 bits, or 4 of 6."""
+    call = Call(shape, activation="relu", residual=True)
+    found = rows(call)
+    assert min(config.block_c for config in found) == width
     for config in found:
         for row in count(call, "resident", config=config):
             assert row.counted == row.model == row.minimum
@@ -81,7 +128,22 @@ def test_it_is_taken_where_it_fills_the_gpu(gpu: str, direction: str) -> None:
     columns = 256 if device.sms <= 128 else 128  # 128 blocks of 4 planes, or 256 of 2
     assert (few.algorithm, few.config.block_c) == ("resident", columns)
     masked = Call((32, 2048, 7, 7), activation="relu", residual=True).problem(direction)
-    assert choose(masked, device).config.block_c == 1  # a mask packs planes
+    chosen = choose(masked, device)
+    assert (chosen.algorithm, chosen.config.block_c) == ("resident", 512)
+
+
+@pytest.mark.parametrize("gpu", ["a100", "h100", "h200", "b200"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("residual", [False, True])
+def test_of_large_batches_too(gpu: str, direction: str, residual: bool) -> None:
+    """256 samples of 2048 planes, 51 MB: 32 bits or more where one plane allows 16."""
+    call = Call((256, 2048, 7, 7), activation="relu", residual=residual)
+    problem, device = call.problem(direction), KNOWN[gpu]
+    chosen = choose(problem, device)
+    width = access_width(problem, chosen.config, device, chosen.algorithm)
+    assert problem.vector == 1 and width >= (32 if chosen.algorithm == "resident" else 64)
+    moved = BY_NAME[chosen.algorithm].dram_bytes(problem, chosen.config, device)
+    assert moved < (1.0 if device.l2_bytes > 40 << 20 else 1.2) * minimum_bytes(problem) + 1
 
 
 @pytest.mark.parametrize(("samples", "planes"), [(32, 8), (64, 8), (128, 4), (256, 2), (512, 1)])

@@ -18,7 +18,7 @@ from bench.layers import RESNET50, twin
 from tritonnorm.device import KNOWN
 from tritonnorm.kernels import ALGORITHMS, BY_NAME
 from tritonnorm.kernels.base import Config
-from tritonnorm.problem import minimum_bytes
+from tritonnorm.problem import FEW_ROWS, minimum_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 H200 = KNOWN["h200"]
@@ -159,8 +159,18 @@ def test_tiny_planes_are_read_as_rows(shape: tuple, kind: dict) -> None:
     assert problem.vector == 1 and problem.flat.vector >= 8
     assert problem.plane == shape[2] * shape[3] == problem.flat.view.c // shape[1]
     check(call, "affine")
-    masked = Call(shape, training=False, **BN_ADD_ACT).problem("forward")
-    assert masked.flat is masked  # its mask packs planes
+
+
+@pytest.mark.parametrize("shape", [(33, 16, 7, 7), (3, 16, 7, 7), (33, 8, 5, 3), (33, 2, 3, 3)])
+def test_masks_of_tiny_planes(shape: tuple) -> None:
+    """They pack rows of planes where there are many, of whole bytes; in forward and backward."""
+    call = Call(shape, **BN_ADD_ACT)
+    rows = shape[0] >= FEW_ROWS and shape[1] >= 8
+    for direction in DIRECTIONS:
+        problem = call.problem(direction)
+        assert problem.mask and (problem.flat is not problem) == rows
+    check(call, "split")
+    check(Call(shape, training=False, **BN_ADD_ACT), "affine")
 
 
 @pytest.mark.parametrize("algorithm", APART)

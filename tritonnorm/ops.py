@@ -20,7 +20,7 @@ from .device import Device
 from .kernels.base import BackwardArguments, ForwardArguments
 from .operators import implement
 from .plan import forced
-from .problem import Problem
+from .problem import Form, Problem
 from .recipe import recipe, view_of
 
 Maybe = Tensor | None  # None is not asked for
@@ -126,7 +126,7 @@ def _saved(
             mean = x.new_empty(problem.view.c, dtype=problem.accumulator)
         rstd = torch.empty_like(mean)
     if problem.mask:
-        mask = x.new_empty(problem.view.mask_room, dtype=torch.uint8)
+        mask = x.new_empty(problem.mask_room, dtype=torch.uint8)
     return mean, rstd, mask
 
 
@@ -233,7 +233,7 @@ def _gradients(
 
 def _fake_forward(x: Tensor, statistics: bool, save_mask: bool) -> Outputs:
     y = torch.empty_like(x)
-    view, _, _ = view_of(y.shape, y.stride())
+    view, _, _ = view_of(x.shape, x.stride())
     problem = Problem("forward", True, view, x.dtype, mask=save_mask)
     return y, *_saved(x, None, problem, statistics)
 
@@ -319,9 +319,10 @@ def backward(direct: bool) -> Callable[..., Gradients]:
     return _backward if direct else torch.ops.tritonnorm.batch_norm_backward.default
 
 
-def unpack_mask(mask: Tensor, x: Tensor) -> Tensor:
-    """The bits of a mask as a boolean tensor of the shape of ``x``."""
+def unpack_mask(mask: Tensor, x: Tensor, form: Form = "plain") -> Tensor:
+    """The bits of the mask of a batch norm of some form as a boolean tensor of the shape of
+    ``x``."""
     view, dense, _ = view_of(x.shape, x.stride())
-    bits = view.mask_bits(mask)
+    bits = Problem("forward", True, view, x.dtype, mask=True, form=form).mask_bits(mask)
     in_memory_order = bits.transpose(1, 2) if view.channels_last else bits
     return in_memory_order.reshape(-1).as_strided(x.shape, dense)

@@ -116,6 +116,11 @@ class View:
         return cls(n, c, p, channels_last, None if dense else (s_n, strides[1], s_p))
 
 
+def _power_of_two_in(n: int) -> int:
+    """The largest power of two, up to 16, that divides n."""
+    return next(v for v in (16, 8, 4, 2, 1) if n % v == 0)
+
+
 def _extent(dims: Sequence[int], sizes: Sequence[int]) -> int:
     extent = 1
     for d in dims:
@@ -170,19 +175,27 @@ class Problem:
     def vector(self) -> int:
         """The largest power of two, up to 16, that divides the contiguous extent: what vector width
         it allows."""
-        return min(16, self.view.fast & -self.view.fast)
+        return _power_of_two_in(self.view.fast)
 
     @property
     def plane(self) -> int:
-        """Positions of a plane that `flat` merges with the channels; 1 where it merges nothing."""
+        """Positions of a plane that `flat` merges with the channels; 1 where it merges nothing.
+
+        With a mask what decides must be the same in forward and backward. A block of whole planes
+        then has 8 of them, mostly, and what fits the registers of a program as one channel may not
+        as 8; so only where accesses of a plane have less than 8 bytes.
+        """
         view = self.view
-        columns = view.c * view.p
-        if self.mask or view.channels_last or view.strides is not None:
+        if self.form != "plain" or view.channels_last or view.strides is not None:
+            return 1
+        columns, few = view.c * view.p, view.n < FEW_ROWS
+        access = self.vector * self.dtype.itemsize
+        if self.mask and (few or columns % 8 or access >= 8):
             return 1
         sums = self.direction == "backward" and self.needs_dparams
-        if sums and not self.batch_statistics and view.n < FEW_ROWS:
+        if sums and not self.batch_statistics and few:
             return 1
-        wider = min(16, columns & -columns) > self.vector and self.vector * self.dtype.itemsize < 16
+        wider = access < 16 and _power_of_two_in(columns) > self.vector
         return view.p if wider else 1
 
     @property
@@ -190,12 +203,29 @@ class Problem:
         """The same as rows of C * P columns, each with values of one channel.
 
         A plane of 7 by 7 allows single elements, a row of 512 such planes 128 bits. Only where that
-        widens accesses (`plane`); a mask packs planes, so there is none.
+        widens accesses (`plane`). A mask then packs such rows, not planes.
         """
         if self.plane == 1:
             return self
         view = self.view
         return replace(self, view=View(1, view.c * self.plane, view.n, True))
+
+    @property
+    def mask_bytes(self) -> int:
+        """Bytes of a mask that say something."""
+        return self.flat.view.mask_bytes
+
+    @property
+    def mask_room(self) -> int:
+        """Bytes of the memory of a mask."""
+        return self.flat.view.mask_room
+
+    def mask_bits(self, mask: torch.Tensor) -> torch.Tensor:
+        """A mask as ``[N, C, P]`` of booleans."""
+        view, bits = self.view, self.flat.view.mask_bits(mask)
+        if self.plane == 1:
+            return bits
+        return bits[0].T.reshape(view.n, view.c, view.p)
 
     @property
     def sums(self) -> bool:
@@ -242,7 +272,7 @@ def minimum_bytes(problem: Problem) -> int:
         tensors += 1
     else:
         tensors += 1 + problem.needs_dx + problem.needs_dresidual
-    return tensors * problem.bytes + problem.mask * problem.view.mask_bytes
+    return tensors * problem.bytes + problem.mask * problem.mask_bytes
 
 
 @dataclass(frozen=True)

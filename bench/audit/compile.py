@@ -169,8 +169,8 @@ def cases(quick: bool = False) -> list[CompileCase]:
     other += [
         (Call((8, 64, 28, 28), False, **fused), "resident"),
         (Call((64, 64, 14, 14), False, **fused), "split"),  # four elements divide a row
-        (Call((64, 64, 7, 7), False, **fused), "split"),  # one
-        (Call((64, 64, 7, 7), False, **fused), "resident"),
+        (Call((16, 64, 7, 7), False, **fused), "split"),  # one
+        (Call((256, 2048, 7, 7), False, **fused), "persistent"),  # flat
         (Call((64, 64, 7, 7), False, activation="silu", training=False), "affine"),  # flat
         (Call((32, 2048, 7, 7), False, activation="relu"), "resident"),  # flat: 128 bits
         (Call((128, 2048, 7, 7), False, activation="relu"), "resident"),  # flat: 64 and 32

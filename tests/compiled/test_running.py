@@ -40,6 +40,7 @@ MEETING = [
     Case((3, 20, 5, 5), "channels_last", activation="silu", residual="channels_last"),
     Case((3, 9, 6, 6), activation="prelu", slope="channel"),
     Case((65, 20), momentum=None),
+    Case((32, 4, 2, 3), "contiguous", torch.bfloat16, torch.float32, **WHOLE),  # rows of planes
 ]
 
 

@@ -22,18 +22,18 @@ def _moments_of_block(
     x_ptr, partial_ptr, group, N, C, P, xs_n, xs_c, xs_p, OWN, CHUNKS, ONCE: tl.constexpr,
     ROUNDS: tl.constexpr, KEPT: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr,
     EVEN: tl.constexpr, SPLITS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_P: tl.constexpr, CHANNELS_LAST: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_P: tl.constexpr, CHANNELS_LAST: tl.constexpr, PLANE: tl.constexpr,
+    WIDTH: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """First pass: the moments of a program's chunks go to the workspace; its kept chunks come
-    back."""
+    back. With PLANE > 1 they are those of the channel, for each of its columns."""
     slot = tl.program_id(0)
     slots = tl.num_programs(0)
     split = tl.program_id(1)
     first = split * OWN
     # What is not whole is among the last chunks, which are kept.
     kept_from = tl.maximum(first, tl.minimum(first + OWN, CHUNKS) - KEPT)
-    c0 = (group * slots + slot) * BLOCK_C
-    c = c0 + tl.arange(0, BLOCK_C)
+    _c0, c, end = tile.columns_of(group * slots + slot, C, BLOCK_C, PLANE, WIDTH, VEC)
     lane_n, lane_p, _, _, _, x_n, x_p, x_lane = tile.frame(
         c, C, P, xs_n, xs_c, xs_p, BLOCK_N, BLOCK_P, CHANNELS_LAST
     )
@@ -41,7 +41,7 @@ def _moments_of_block(
     xs = ()
     for k in tl.static_range(KEPT):
         n0, p0 = tile.chunk_origin(kept_from + k, P, BLOCK_N, BLOCK_P, CHANNELS_LAST)
-        valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
+        valid = tile.valid_lanes(c, end, lane_n, lane_p, n0, p0, N, P)
         raw = tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=valid, other=0.0,
             eviction_policy=ONCE)  # fmt: skip
         xs = xs + (raw,)
@@ -51,17 +51,20 @@ def _moments_of_block(
         there = tile.valid_columns(lane_n, lane_p, n0, p0, N, P)
         size = tile.chunk_size(n0, p0, N, P, BLOCK_N, BLOCK_P).to(ACC)
         if k == 0:
-            pivot = moments.pivot(xs[0].to(ACC), there, size)
+            mean = tl.where(c < end, moments.mean_of(xs[0].to(ACC), there, size * PLANE), 0.0)
+            pivot = moments.finite(tile.over_plane(mean, PLANE, WIDTH))
         sums, squares = moments.add_tile(sums, squares, xs[k].to(ACC), pivot[:, None], there)
         count += size
     for chunk in tl.range(first, kept_from, num_stages=STAGES):
         n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P, CHANNELS_LAST)
-        columns, exist = tile.existing(c, C, lane_n, lane_p, n0, p0, N, P, WHOLE, EVEN)
+        columns, exist = tile.existing(c, end, lane_n, lane_p, n0, p0, N, P, WHOLE, EVEN)
         x = tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=exist, other=0.0).to(ACC)
         sums, squares = moments.add_tile(sums, squares, x, pivot[:, None], columns)
         count += tile.chunk_size(n0, p0, N, P, BLOCK_N, BLOCK_P).to(ACC)
-    total = tl.sum(sums, 1)
+    count *= PLANE
+    total = tile.over_plane(tl.sum(sums, 1), PLANE, WIDTH)
     square = tl.sum(moments.settled(squares, N + C + P > 0), 1)
+    square = tile.over_plane(square, PLANE, WIDTH)
     m2 = moments.centred(total, square, count)
     plane = SPLITS * slots * BLOCK_C
     at = partial_ptr + (group % ROUNDS) * 4 * plane + slot * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -81,7 +84,8 @@ def _output_of_block(
     KEPT: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr, EVEN: tl.constexpr,
     SPLITS: tl.constexpr, CUMULATIVE: tl.constexpr, ACT: tl.constexpr, GATE: tl.constexpr,
     A: tl.constexpr, B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_P: tl.constexpr, CHANNELS_LAST: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_P: tl.constexpr, CHANNELS_LAST: tl.constexpr, PLANE: tl.constexpr,
+    WIDTH: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Second pass: the statistics of the channel block from what all of its programs left in the
     workspace, then the output of this one's chunks; in reverse, as the last are the nearest."""
@@ -91,8 +95,7 @@ def _output_of_block(
     first = split * OWN
     # What is not whole is among the last chunks, which are kept.
     kept_from = tl.maximum(first, tl.minimum(first + OWN, CHUNKS) - KEPT)
-    c0 = (group * slots + slot) * BLOCK_C
-    c = c0 + tl.arange(0, BLOCK_C)
+    c0, c, end = tile.columns_of(group * slots + slot, C, BLOCK_C, PLANE, WIDTH, VEC)
     lane_n, lane_p, s_n, s_p, lane, x_n, x_p, x_lane = tile.frame(
         c, C, P, xs_n, xs_c, xs_p, BLOCK_N, BLOCK_P, CHANNELS_LAST
     )
@@ -100,15 +103,16 @@ def _output_of_block(
         xs = ()
         for k in tl.static_range(KEPT):
             n0, p0 = tile.chunk_origin(kept_from + k, P, BLOCK_N, BLOCK_P, CHANNELS_LAST)
-            valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
+            valid = tile.valid_lanes(c, end, lane_n, lane_p, n0, p0, N, P)
             raw = tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=valid, other=0.0,
                 eviction_policy=ONCE)  # fmt: skip
             xs = xs + (raw,)
     one = tl.full([BLOCK_C], 1.0, ACC)
-    scale, shift = epilogue.affine_parameters(c, C, one, weight_ptr, bias_ptr)
+    own, once_each, channels = tile.channels_of(c, end, C, PLANE)
+    scale, shift = epilogue.affine_parameters(own, channels, one, weight_ptr, bias_ptr)
     leak = None
     if slope_ptr is not None:
-        leak = epilogue.load_leak(slope_ptr, c, C, A, ACC)
+        leak = epilogue.load_leak(slope_ptr, own, channels, A, ACC)
     plane = SPLITS * slots * BLOCK_C
     at = partial_ptr + (group % ROUNDS) * 4 * plane + slot * BLOCK_C + tl.arange(0, BLOCK_C)
     counts = barrier.rows(at, slots * BLOCK_C, SPLITS, BLOCK_C)
@@ -123,34 +127,34 @@ def _output_of_block(
     residuals = ()
     for k in tl.static_range(KEPT):
         n0, p0 = tile.chunk_origin(kept_from + k, P, BLOCK_N, BLOCK_P, CHANNELS_LAST)
-        valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
+        valid = tile.valid_lanes(c, end, lane_n, lane_p, n0, p0, N, P)
         to = n0 * s_n + p0 * s_p
         kept = body.load_residual(residual_ptr, xs[k], to, lane, valid, ONCE)
         residuals = residuals + (kept,)
     for k in tl.static_range(KEPT):
         n0, p0 = tile.chunk_origin(kept_from + k, P, BLOCK_N, BLOCK_P, CHANNELS_LAST)
-        valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
+        valid = tile.valid_lanes(c, end, lane_n, lane_p, n0, p0, N, P)
         body.store_output(
             xs[k].to(ACC), residuals[k], mean, scale, shift, leak, y_ptr, residual_ptr, mask_ptr,
-            n0 * s_n + p0 * s_p, lane, valid, c0, n0, p0, N, C, P,
+            n0 * s_n + p0 * s_p, lane, valid, c0, n0, p0, N, end, P,
             ACT, GATE, A, B, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST, ONCE,
         )  # fmt: skip
     for i in tl.range(first, kept_from, num_stages=STAGES):
         chunk = first + kept_from - 1 - i
         n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P, CHANNELS_LAST)
-        _columns, exist = tile.existing(c, C, lane_n, lane_p, n0, p0, N, P, WHOLE, EVEN)
+        _columns, exist = tile.existing(c, end, lane_n, lane_p, n0, p0, N, P, WHOLE, EVEN)
         dense = n0 * s_n + p0 * s_p
         x = tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=exist, other=0.0,
             eviction_policy=ONCE)  # fmt: skip
         residual = body.load_residual(residual_ptr, x, dense, lane, exist, ONCE)
         body.store_output(
             x.to(ACC), residual, mean, scale, shift, leak, y_ptr, residual_ptr, mask_ptr,
-            dense, lane, exist, c0, n0, p0, N, C, P,
+            dense, lane, exist, c0, n0, p0, N, end, P,
             ACT, GATE, A, B, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST, ONCE,
         )  # fmt: skip
     if split == 0:
         moments.store_statistics(
-            c, mean, m2, rstd, count, C, mean_ptr, rstd_ptr,
+            once_each, mean, m2, rstd, count, channels, mean_ptr, rstd_ptr,
             running_mean_ptr, running_var_ptr, counter_ptr if CUMULATIVE else None,
             momentum, CUMULATIVE,
         )  # fmt: skip
@@ -200,6 +204,8 @@ def forward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    PLANE: tl.constexpr,  # columns of a channel, where C counts columns (`Problem.flat`)
+    WIDTH: tl.constexpr,  # channels of a block
 ):
     """Statistics, running statistics, normalize, add, activate."""
     ACC: tl.constexpr = mean_ptr.dtype.element_ty
@@ -218,7 +224,7 @@ def forward_kernel(
                 _moments_of_block(
                     x_ptr, partial_ptr, turn, N, C, P, xs_n, xs_c, xs_p, OWN, CHUNKS, "", ROUNDS,
                     KEPT, STAGES, WHOLE, EVEN, SPLITS, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST,
-                    ACC,
+                    PLANE, WIDTH, VEC, ACC,
                 )  # fmt: skip
                 arrived = barrier.arrive(
                     semaphore_ptr + turn % 2 * tl.num_programs(0), leader, SPLITS
@@ -230,7 +236,7 @@ def forward_kernel(
                     rstd_ptr, weight_ptr, bias_ptr, slope_ptr, running_mean_ptr, running_var_ptr,
                     counter_ptr, eps, momentum, N, C, P, xs_n, xs_c, xs_p, OWN, CHUNKS, ONCE,
                     ROUNDS, OVERLAP, KEPT, STAGES, WHOLE, EVEN, SPLITS, CUMULATIVE, ACT,
-                    GATE, A, B, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST, ACC,
+                    GATE, A, B, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST, PLANE, WIDTH, VEC, ACC,
                 )  # fmt: skip
             before = arrived
     else:
@@ -238,7 +244,8 @@ def forward_kernel(
         for group in range(GROUPS):
             xs = _moments_of_block(
                 x_ptr, partial_ptr, group, N, C, P, xs_n, xs_c, xs_p, OWN, CHUNKS, ONCE, ROUNDS,
-                KEPT, STAGES, WHOLE, EVEN, SPLITS, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST, ACC,
+                KEPT, STAGES, WHOLE, EVEN, SPLITS, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST, PLANE,
+                WIDTH, VEC, ACC,
             )  # fmt: skip
             barrier.meet(semaphore_ptr, leader, SPLITS)
             _output_of_block(
@@ -246,7 +253,7 @@ def forward_kernel(
                 weight_ptr, bias_ptr, slope_ptr, running_mean_ptr, running_var_ptr, counter_ptr,
                 eps, momentum, N, C, P, xs_n, xs_c, xs_p, OWN, CHUNKS, ONCE, ROUNDS, OVERLAP, KEPT,
                 STAGES, WHOLE, EVEN, SPLITS, CUMULATIVE, ACT, GATE, A, B, BLOCK_C, BLOCK_N,
-                BLOCK_P, CHANNELS_LAST, ACC,
+                BLOCK_P, CHANNELS_LAST, PLANE, WIDTH, VEC, ACC,
             )  # fmt: skip
     if counter_ptr is not None:
         if not CUMULATIVE:

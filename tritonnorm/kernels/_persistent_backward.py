@@ -17,7 +17,8 @@ def _sums_of_block(
     STAGES: tl.constexpr, WHOLE: tl.constexpr, EVEN: tl.constexpr, WORDS: tl.constexpr,
     SPLITS: tl.constexpr, GRADIENT: tl.constexpr, GATE: tl.constexpr, GATED: tl.constexpr,
     A: tl.constexpr, B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_P: tl.constexpr, CHANNELS_LAST: tl.constexpr, SUMS: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_P: tl.constexpr, CHANNELS_LAST: tl.constexpr, SUMS: tl.constexpr, PLANE: tl.constexpr,
+    WIDTH: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """First pass: the sums of a program's chunks go to the workspace; its kept chunks come back."""
     slot = tl.program_id(0)
@@ -26,27 +27,27 @@ def _sums_of_block(
     first = split * OWN
     # What is not whole is among the last chunks, which are kept.
     kept_from = tl.maximum(first, tl.minimum(first + OWN, CHUNKS) - KEPT)
-    c0 = (group * slots + slot) * BLOCK_C
-    c = c0 + tl.arange(0, BLOCK_C)
+    c0, c, end = tile.columns_of(group * slots + slot, C, BLOCK_C, PLANE, WIDTH, VEC)
+    own, _to, channels = tile.channels_of(c, end, C, PLANE)
     lane_n, lane_p, s_n, s_p, lane, x_n, x_p, x_lane = tile.frame(
         c, C, P, xs_n, xs_c, xs_p, BLOCK_N, BLOCK_P, CHANNELS_LAST
     )
-    mean = tl.load(mean_ptr + c, mask=c < C, other=0.0)
-    rstd = tl.load(rstd_ptr + c, mask=c < C, other=0.0)
-    scale, shift = epilogue.affine_parameters(c, C, rstd, weight_ptr, bias_ptr)
+    mean = tl.load(mean_ptr + own, mask=own < channels, other=0.0)
+    rstd = tl.load(rstd_ptr + own, mask=own < channels, other=0.0)
+    scale, shift = epilogue.affine_parameters(own, channels, rstd, weight_ptr, bias_ptr)
     leak = None
     if slope_ptr is not None:
-        leak = epilogue.load_leak(slope_ptr, c, C, A, ACC)
+        leak = epilogue.load_leak(slope_ptr, own, channels, A, ACC)
     sums_g = tl.zeros([BLOCK_C, BLOCK_N * BLOCK_P], ACC)
     sums_gx = tl.zeros([BLOCK_C, BLOCK_N * BLOCK_P], ACC)
     sums_leak = tl.zeros([BLOCK_C, BLOCK_N * BLOCK_P], ACC)
     for chunk in tl.range(first, kept_from, num_stages=STAGES):
         n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P, CHANNELS_LAST)
-        _columns, exist = tile.existing(c, C, lane_n, lane_p, n0, p0, N, P, WHOLE, EVEN)
+        _columns, exist = tile.existing(c, end, lane_n, lane_p, n0, p0, N, P, WHOLE, EVEN)
         x = tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=exist, other=0.0).to(ACC)
         dy, bits = body.load_gradients(
             dy_ptr, residual_ptr, mask_ptr, n0 * s_n + p0 * s_p, lane, exist,
-            c0, n0, p0, N, C, P, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST, "", WORDS,
+            c0, n0, p0, N, end, P, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST, "", WORDS,
         )  # fmt: skip
         g, of_leak = body.gradient(
             x, dy, bits, mean, scale, shift, leak, exist, residual_ptr, mask_ptr,
@@ -61,12 +62,12 @@ def _sums_of_block(
     more = ()
     for k in tl.static_range(KEPT):
         n0, p0 = tile.chunk_origin(kept_from + k, P, BLOCK_N, BLOCK_P, CHANNELS_LAST)
-        valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
+        valid = tile.valid_lanes(c, end, lane_n, lane_p, n0, p0, N, P)
         raw = tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=valid, other=0.0,
             eviction_policy=ONCE)  # fmt: skip
         dy, other = body.load_gradients(
             dy_ptr, residual_ptr, mask_ptr, n0 * s_n + p0 * s_p, lane, valid,
-            c0, n0, p0, N, C, P, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST, ONCE, False,
+            c0, n0, p0, N, end, P, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST, ONCE, False,
         )  # fmt: skip
         xs = xs + (raw,)
         dys = dys + (dy,)
@@ -74,7 +75,7 @@ def _sums_of_block(
     tile.all_on_their_way(N + C + P)
     for k in tl.static_range(KEPT):
         n0, p0 = tile.chunk_origin(kept_from + k, P, BLOCK_N, BLOCK_P, CHANNELS_LAST)
-        valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
+        valid = tile.valid_lanes(c, end, lane_n, lane_p, n0, p0, N, P)
         x = xs[k].to(ACC)
         g, of_leak = body.gradient(
             x, dys[k], more[k], mean, scale, shift, leak, valid, residual_ptr, mask_ptr,
@@ -91,10 +92,10 @@ def _sums_of_block(
     plane = SPLITS * slots * BLOCK_C
     at = partial_ptr + (group % ROUNDS) * SUMS * plane + slot * BLOCK_C + tl.arange(0, BLOCK_C)
     row = at + split * slots * BLOCK_C
-    tl.store(row, tl.sum(sums_g, 1))
-    tl.store(row + plane, tl.sum(sums_gx, 1))
+    tl.store(row, tile.over_plane(tl.sum(sums_g, 1), PLANE, WIDTH))
+    tl.store(row + plane, tile.over_plane(tl.sum(sums_gx, 1), PLANE, WIDTH))
     if dslope_ptr is not None:
-        tl.store(row + 2 * plane, tl.sum(sums_leak, 1))
+        tl.store(row + 2 * plane, tile.over_plane(tl.sum(sums_leak, 1), PLANE, WIDTH))
     return xs, dys, more
 
 
@@ -107,7 +108,8 @@ def _gradients_of_block(
     EVEN: tl.constexpr, WORDS: tl.constexpr, SPLITS: tl.constexpr, GRADIENT: tl.constexpr,
     GATE: tl.constexpr, GATED: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, SUMS: tl.constexpr, ACC: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, SUMS: tl.constexpr, PLANE: tl.constexpr, WIDTH: tl.constexpr,
+    VEC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Second pass: the sums over the channel block from what all of its programs left in the
     workspace, then the gradients of this one's chunks; in reverse, as the last are the nearest."""
@@ -117,29 +119,29 @@ def _gradients_of_block(
     first = split * OWN
     # What is not whole is among the last chunks, which are kept.
     kept_from = tl.maximum(first, tl.minimum(first + OWN, CHUNKS) - KEPT)
-    c0 = (group * slots + slot) * BLOCK_C
-    c = c0 + tl.arange(0, BLOCK_C)
+    c0, c, end = tile.columns_of(group * slots + slot, C, BLOCK_C, PLANE, WIDTH, VEC)
+    own, once_each, channels = tile.channels_of(c, end, C, PLANE)
     lane_n, lane_p, s_n, s_p, lane, x_n, x_p, x_lane = tile.frame(
         c, C, P, xs_n, xs_c, xs_p, BLOCK_N, BLOCK_P, CHANNELS_LAST
     )
-    mean = tl.load(mean_ptr + c, mask=c < C, other=0.0)
-    rstd = tl.load(rstd_ptr + c, mask=c < C, other=0.0)
-    scale, shift = epilogue.affine_parameters(c, C, rstd, weight_ptr, bias_ptr)
+    mean = tl.load(mean_ptr + own, mask=own < channels, other=0.0)
+    rstd = tl.load(rstd_ptr + own, mask=own < channels, other=0.0)
+    scale, shift = epilogue.affine_parameters(own, channels, rstd, weight_ptr, bias_ptr)
     leak = None
     if slope_ptr is not None:
-        leak = epilogue.load_leak(slope_ptr, c, C, A, ACC)
+        leak = epilogue.load_leak(slope_ptr, own, channels, A, ACC)
     if OVERLAP:
         xs = ()
         dys = ()
         more = ()
         for k in tl.static_range(KEPT):
             n0, p0 = tile.chunk_origin(kept_from + k, P, BLOCK_N, BLOCK_P, CHANNELS_LAST)
-            valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
+            valid = tile.valid_lanes(c, end, lane_n, lane_p, n0, p0, N, P)
             raw = tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=valid, other=0.0,
                 eviction_policy=ONCE)  # fmt: skip
             dy, other = body.load_gradients(
                 dy_ptr, residual_ptr, mask_ptr, n0 * s_n + p0 * s_p, lane, valid,
-                c0, n0, p0, N, C, P, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST, ONCE, False,
+                c0, n0, p0, N, end, P, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST, ONCE, False,
             )  # fmt: skip
             xs = xs + (raw,)
             dys = dys + (dy,)
@@ -150,19 +152,21 @@ def _gradients_of_block(
     sum_gx = tl.sum(barrier.rows(at + plane, slots * BLOCK_C, SPLITS, BLOCK_C), 0)
     if split == 0:
         if dbias_ptr is not None:
-            tl.store(dbias_ptr + c, sum_g.to(dbias_ptr.dtype.element_ty), mask=c < C)
+            dbias = sum_g.to(dbias_ptr.dtype.element_ty)
+            tl.store(dbias_ptr + once_each, dbias, mask=once_each < channels)
         if dweight_ptr is not None:
             dweight = (sum_gx * rstd).to(dweight_ptr.dtype.element_ty)
-            tl.store(dweight_ptr + c, dweight, mask=c < C)
+            tl.store(dweight_ptr + once_each, dweight, mask=once_each < channels)
         if dslope_ptr is not None:
             sum_leak = tl.sum(barrier.rows(at + 2 * plane, slots * BLOCK_C, SPLITS, BLOCK_C), 0)
-            tl.store(dslope_ptr + c, sum_leak.to(dslope_ptr.dtype.element_ty), mask=c < C)
-    total = tl.cast(N, ACC) * tl.cast(P, ACC)
+            dslope = sum_leak.to(dslope_ptr.dtype.element_ty)
+            tl.store(dslope_ptr + once_each, dslope, mask=once_each < channels)
+    total = tl.cast(N, ACC) * tl.cast(P, ACC) * PLANE
     mean_g = sum_g / total
     slope = sum_gx / total * rstd * rstd
     for k in tl.static_range(KEPT):
         n0, p0 = tile.chunk_origin(kept_from + k, P, BLOCK_N, BLOCK_P, CHANNELS_LAST)
-        valid = tile.valid_lanes(c, C, lane_n, lane_p, n0, p0, N, P)
+        valid = tile.valid_lanes(c, end, lane_n, lane_p, n0, p0, N, P)
         x = xs[k].to(ACC)
         g, _of_leak = body.gradient(
             x, dys[k], more[k], mean, scale, shift, leak, None, residual_ptr, mask_ptr,
@@ -178,13 +182,13 @@ def _gradients_of_block(
     for i in tl.range(first, kept_from, num_stages=STAGES):
         chunk = first + kept_from - 1 - i
         n0, p0 = tile.chunk_origin(chunk, P, BLOCK_N, BLOCK_P, CHANNELS_LAST)
-        _columns, exist = tile.existing(c, C, lane_n, lane_p, n0, p0, N, P, WHOLE, EVEN)
+        _columns, exist = tile.existing(c, end, lane_n, lane_p, n0, p0, N, P, WHOLE, EVEN)
         dense = n0 * s_n + p0 * s_p + lane
         x = tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=exist, other=0.0,
             eviction_policy=ONCE).to(ACC)  # fmt: skip
         dy, bits = body.load_gradients(
             dy_ptr, residual_ptr, mask_ptr, n0 * s_n + p0 * s_p, lane, exist,
-            c0, n0, p0, N, C, P, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST, ONCE, WORDS,
+            c0, n0, p0, N, end, P, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST, ONCE, WORDS,
         )  # fmt: skip
         g, _of_leak = body.gradient(
             x, dy, bits, mean, scale, shift, leak, None, residual_ptr, mask_ptr,
@@ -242,6 +246,8 @@ def backward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    PLANE: tl.constexpr,  # columns of a channel, where C counts columns (`Problem.flat`)
+    WIDTH: tl.constexpr,  # channels of a block
 ):
     """All gradients; of the kept chunks what is read stays, as in `resident`."""
     SUMS: tl.constexpr = 2 if dslope_ptr is None else 3
@@ -262,7 +268,7 @@ def backward_kernel(
                     mean_ptr, rstd_ptr, weight_ptr, bias_ptr, slope_ptr, dslope_ptr, N, C, P, xs_n,
                     xs_c, xs_p, OWN, CHUNKS, "", ROUNDS, OVERLAP, KEPT, STAGES, WHOLE, EVEN,
                     WORDS, SPLITS, GRADIENT, GATE, GATED, A, B, BLOCK_C, BLOCK_N, BLOCK_P,
-                    CHANNELS_LAST, SUMS, ACC,
+                    CHANNELS_LAST, SUMS, PLANE, WIDTH, VEC, ACC,
                 )  # fmt: skip
                 arrived = barrier.arrive(
                     semaphore_ptr + turn % 2 * tl.num_programs(0), leader, SPLITS
@@ -275,7 +281,7 @@ def backward_kernel(
                     slope_ptr, dweight_ptr, dbias_ptr, dslope_ptr, N, C, P, xs_n, xs_c, xs_p, OWN,
                     CHUNKS, ONCE, ROUNDS, OVERLAP, KEPT, STAGES, WHOLE, EVEN, WORDS, SPLITS,
                     GRADIENT, GATE, GATED, A, B, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST, SUMS,
-                    ACC,
+                    PLANE, WIDTH, VEC, ACC,
                 )  # fmt: skip
             before = arrived
     else:
@@ -284,7 +290,8 @@ def backward_kernel(
                 group, dy_ptr, x_ptr, residual_ptr, mask_ptr, dresidual_ptr, partial_ptr, mean_ptr,
                 rstd_ptr, weight_ptr, bias_ptr, slope_ptr, dslope_ptr, N, C, P, xs_n, xs_c, xs_p,
                 OWN, CHUNKS, ONCE, ROUNDS, OVERLAP, KEPT, STAGES, WHOLE, EVEN, WORDS, SPLITS,
-                GRADIENT, GATE, GATED, A, B, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST, SUMS, ACC,
+                GRADIENT, GATE, GATED, A, B, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST, SUMS, PLANE,
+                WIDTH, VEC, ACC,
             )  # fmt: skip
             barrier.meet(semaphore_ptr, leader, SPLITS)
             _gradients_of_block(
@@ -292,5 +299,6 @@ def backward_kernel(
                 partial_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, slope_ptr, dweight_ptr,
                 dbias_ptr, dslope_ptr, N, C, P, xs_n, xs_c, xs_p, OWN, CHUNKS, ONCE, ROUNDS,
                 OVERLAP, KEPT, STAGES, WHOLE, EVEN, WORDS, SPLITS, GRADIENT, GATE, GATED, A, B,
-                BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST, SUMS, ACC,
+                BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST, SUMS, PLANE,
+                WIDTH, VEC, ACC,
             )  # fmt: skip

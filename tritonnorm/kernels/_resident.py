@@ -53,12 +53,7 @@ def forward_kernel(
     """Statistics, running statistics, normalize, add, activate, for one channel block."""
     ACC: tl.constexpr = mean_ptr.dtype.element_ty
     C, P = tile.hint_fast_axis(C, P, VEC, CHANNELS_LAST)
-    STEP: tl.constexpr = WIDTH * PLANE
-    c0 = tl.program_id(0) * STEP
-    c = c0 + tl.arange(0, BLOCK_C)
-    end = C
-    if PLANE > 1:
-        end = tl.minimum(C, c0 + STEP) // VEC * VEC
+    c0, c, end = tile.columns_of(tl.program_id(0), C, BLOCK_C, PLANE, WIDTH, VEC)
     at, to, channels = tile.channels_of(c, end, C, PLANE)
     lane_n, lane_p, s_n, s_p, lane, x_n, x_p, x_lane = tile.frame(
         c, C, P, xs_n, xs_c, xs_p, BLOCK_N, BLOCK_P, CHANNELS_LAST
@@ -113,7 +108,7 @@ def forward_kernel(
         body.store_output(
             xs[chunk].to(ACC), residuals[chunk], mean, scale, shift, leak,
             y_ptr, residual_ptr, mask_ptr,
-            base, lane, valid, c0, n0, p0, N, C, P,
+            base, lane, valid, c0, n0, p0, N, end, P,
             ACT, GATE, A, B, BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST, "",
         )  # fmt: skip
     moments.store_statistics(
@@ -162,12 +157,7 @@ def backward_kernel(
     gradient at the pre-activation is computed twice from it."""
     ACC: tl.constexpr = rstd_ptr.dtype.element_ty
     C, P = tile.hint_fast_axis(C, P, VEC, CHANNELS_LAST)
-    STEP: tl.constexpr = WIDTH * PLANE
-    c0 = tl.program_id(0) * STEP
-    c = c0 + tl.arange(0, BLOCK_C)
-    end = C
-    if PLANE > 1:
-        end = tl.minimum(C, c0 + STEP) // VEC * VEC
+    c0, c, end = tile.columns_of(tl.program_id(0), C, BLOCK_C, PLANE, WIDTH, VEC)
     at, to, channels = tile.channels_of(c, end, C, PLANE)
     lane_n, lane_p, s_n, s_p, lane, x_n, x_p, x_lane = tile.frame(
         c, C, P, xs_n, xs_c, xs_p, BLOCK_N, BLOCK_P, CHANNELS_LAST
@@ -180,7 +170,7 @@ def backward_kernel(
         valid = tile.valid_lanes(c, end, lane_n, lane_p, n0, p0, N, P)
         xs = xs + (tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=valid, other=0.0),)
         dy, other = body.load_gradients(
-            dy_ptr, residual_ptr, mask_ptr, n0 * s_n + p0 * s_p, lane, valid, c0, n0, p0, N, C, P,
+            dy_ptr, residual_ptr, mask_ptr, n0 * s_n + p0 * s_p, lane, valid, c0, n0, p0, N, end, P,
             BLOCK_C, BLOCK_N, BLOCK_P, CHANNELS_LAST, "", False,
         )  # fmt: skip
         dys = dys + (dy,)

@@ -22,6 +22,21 @@ def hint_fast_axis(C, P, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr):
 
 
 @triton.jit
+def columns_of(
+    block, C, BLOCK_C: tl.constexpr, PLANE: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr
+):
+    """Of a block of WIDTH channels: its first column, all that it has room for, [BLOCK_C], and
+    where those that are its own end."""
+    if PLANE == 1:
+        c0 = block * BLOCK_C
+        return c0, c0 + tl.arange(0, BLOCK_C), C
+    else:
+        c0 = block * (WIDTH * PLANE)
+        end = tl.minimum(C, c0 + WIDTH * PLANE) // VEC * VEC
+        return c0, c0 + tl.arange(0, BLOCK_C), end
+
+
+@triton.jit
 def channels_of(c, end, C, PLANE: tl.constexpr):
     """Where the values of channels lie for columns: to load from, to store to (one column of each
     channel; beyond the last where c is not below `end`), and how many channels there are."""

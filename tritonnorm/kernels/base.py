@@ -134,7 +134,7 @@ class ForwardArguments:
     mean: Tensor | None  # [C] accumulator dtype, written
     rstd: Tensor | None  # [C] accumulator dtype, written
     residual: Tensor | None  # [N, C, P] dense
-    mask: Tensor | None  # uint8 [view.mask_room], written
+    mask: Tensor | None  # uint8 [problem.mask_room], written
     weight: Tensor | None  # [C]
     bias: Tensor | None  # [C]
     running_mean: Tensor | None  # [C]
@@ -154,7 +154,7 @@ class BackwardArguments:
     mean: Tensor  # [C] accumulator dtype
     rstd: Tensor  # [C] accumulator dtype
     residual: Tensor | None  # [N, C, P] dense
-    mask: Tensor | None  # uint8 [view.mask_room]
+    mask: Tensor | None  # uint8 [problem.mask_room]
     weight: Tensor | None  # [C]
     bias: Tensor | None  # [C]
     dx: Tensor | None  # [N, C, P] dense, written
@@ -251,37 +251,6 @@ def registers_kept(problem: Problem) -> float:
 def mask_in_words(config: Config, problem: Problem) -> bool:
     """Whether a tile has whole words of 32 bits of a mask: pipelined loops load nothing smaller."""
     return problem.mask and config.block_p >= (4 if problem.view.channels_last else 32)
-
-
-def whole_planes(problem: Problem, config: Config) -> bool:
-    """Whether a configuration of `resident` is for `Problem.flat`, not for the problem as it is."""
-    return problem.plane > 1 and config.block_c >= 2 * problem.plane
-
-
-def plane_widths(problem: Problem) -> list[int]:
-    """How many channels' planes make wider accesses than one: of 16 bytes, 8, 4."""
-    if problem.plane == 1:
-        return []
-    widest = min(problem.flat.vector, 16 // problem.dtype.itemsize)
-    return [
-        vector // problem.vector for vector in (16, 8, 4, 2) if problem.vector < vector <= widest
-    ]
-
-
-def vector_of(problem: Problem, config: Config) -> int:
-    """Neighbouring elements that an access can have, as `Problem.vector`: what divides the place of
-    every block."""
-    if not whole_planes(problem, config):
-        return problem.vector
-    size = channels_of_block(problem, config) * problem.plane
-    return min(problem.flat.vector, size & -size)
-
-
-def channels_of_block(problem: Problem, config: Config) -> int:
-    """Channels of a block of `resident`."""
-    if not whole_planes(problem, config):
-        return config.block_c
-    return 1 << (config.block_c // problem.plane).bit_length() - 1
 
 
 def advance_counter(a: ForwardArguments) -> bool:

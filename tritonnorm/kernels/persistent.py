@@ -23,6 +23,7 @@ from tritonnorm.problem import Problem, minimum_bytes
 
 from . import _persistent as forward_kernels
 from . import _persistent_backward as backward_kernels
+from . import planes
 from .base import (
     L2_SHARE,
     MOST_FILLED,
@@ -79,9 +80,10 @@ class Persistent:
             return "there is no second pass over the data"
         if not device.arch.startswith(tuple(PAYLOAD)):
             return "programs that meet cannot run one after another"
-        if problem.vector * problem.dtype.itemsize < 8:
+        if not (widths := planes.row_widths(problem)):
             return "elements are loaded one by one, which a pipeline cannot do, or not fast enough"
-        if device.sms < 2 or self._tiling(problem, device, 16, 8).chunks(problem) < 2:
+        seen, width = widths[0]
+        if device.sms < 2 or self._tiling(seen, device, width, 8).chunks(seen) < 2:
             return "a channel block has one chunk only"
         return None
 
@@ -91,10 +93,11 @@ class Persistent:
     def configs(self, problem: Problem, device: Device) -> list[Config]:
         """Every width of channel blocks with every number of them at once, the best first."""
         found = []
-        widths = (16, 32, 64) if problem.view.channels_last else (1,)
-        for width, (warps, each) in itertools.product(widths, WARPS.items()):
-            tiling = self._tiling(problem, device, width, warps)
-            blocks, chunks = tiling.channel_blocks(problem), tiling.chunks(problem)
+        for (seen, width), (warps, each) in itertools.product(
+            planes.row_widths(problem), WARPS.items()
+        ):
+            tiling = self._tiling(seen, device, width, warps)
+            blocks, chunks = planes.blocks_of(problem, tiling), tiling.chunks(seen)
             programs, at_once = device.sms * each, 1
             while at_once < 2 * blocks and at_once <= min(programs // 2, MOST_BLOCKS):
                 sets = min(at_once, blocks)
@@ -111,6 +114,7 @@ class Persistent:
 
     def model_bytes(self, problem: Problem, config: Config) -> int:
         """Every tensor once, and a second read of what is not kept, wherever it comes from."""
+        problem, once = planes.seen_as(problem, config), minimum_bytes(problem)
         tensors = 1 if problem.direction == "forward" else 2 + problem.reads_residual
         view, size, kept = problem.view, problem.dtype.itemsize, config.kept
         again = tensors * size * view.c * self._streamed(problem, config, view.p, 1, kept)
@@ -125,11 +129,11 @@ class Persistent:
                 more = words - self._streamed(problem, config, cdiv(view.p, 8), 8, pipelined)
                 twice = view.n * cdiv(view.p, 8) + more if config.overlaps else words
                 again += view.c * (more + twice)
-        return minimum_bytes(problem) + again
+        return once + again
 
     def dram_bytes(self, problem: Problem, config: Config, device: Device) -> float:
         """The blocks of a group that are worked on together share the L2 cache."""
-        groups = cdiv(config.channel_blocks(problem), config.at_once)
+        groups = cdiv(planes.blocks_of(problem, config), config.at_once)
         once = minimum_bytes(problem)
         again = self.model_bytes(problem, config) - once
         if not config.overlaps:
@@ -141,7 +145,7 @@ class Persistent:
         return once + again - groups * min(each, max(0.0, near))
 
     def predict(self, problem: Problem, config: Config, device: Device) -> float:
-        groups = cdiv(config.channel_blocks(problem), config.at_once)
+        groups = cdiv(planes.blocks_of(problem, config), config.at_once)
         each = WARPS.get(config.num_warps, 1)
         programs = config.at_once * config.splits
         moved = self.dram_bytes(problem, config, device)
@@ -218,12 +222,13 @@ class Persistent:
         self, problem: Problem, device: Device, tiling: Config, sets: int, splits: int
     ) -> Config:
         """As many chunks kept as the registers hold, and no program without chunks."""
-        own = cdiv(tiling.chunks(problem), splits)
-        registers = self._payload(problem, device) * tiling.num_warps * device.warp
-        room = int(registers / (registers_kept(problem) * tiling.tile))
+        seen = planes.seen_as(problem, tiling)
+        own = cdiv(tiling.chunks(seen), splits)
+        registers = self._payload(seen, device) * tiling.num_warps * device.warp
+        room = int(registers / (registers_kept(seen) * tiling.tile))
         config = Config(
             *(tiling.block_c, tiling.block_n, tiling.block_p),
-            splits=cdiv(tiling.chunks(problem), own),
+            splits=cdiv(tiling.chunks(seen), own),
             num_warps=tiling.num_warps,
             kept=min(own, room),
             at_once=sets,
@@ -247,15 +252,10 @@ class Persistent:
         def run(a: ForwardArguments) -> None:
             assert a.mean is not None
             launches[advance_counter(a)](
-                *(a.x, a.y, a.residual, a.mask, _partial(config, a.mean, 4)),
-                *(
-                    _semaphores(a.x, config.at_once * (1 + config.overlaps)),
-                    a.mean,
-                    a.rstd,
-                    a.weight,
-                    a.bias,
-                ),
-                *(a.slope, a.running_mean, a.running_var, a.counter),
+                *(a.x, a.y, a.residual, a.mask),
+                *(_partial(config, a.mean, 4), _semaphores(a.x, config)),
+                *(a.mean, a.rstd, a.weight, a.bias, a.slope),
+                *(a.running_mean, a.running_var, a.counter),
                 *(a.eps, 0.0 if a.momentum is None else a.momentum),
             )
 
@@ -266,7 +266,7 @@ class Persistent:
     ) -> Callable[[BackwardArguments], None]:
         launch = self._launch(
             *(backward_kernels.backward_kernel, problem, config),
-            WORDS=mask_in_words(config, problem),
+            WORDS=mask_in_words(config, planes.seen_as(problem, config)),
             **epilogue.backward(),
         )
 
@@ -274,17 +274,20 @@ class Persistent:
             launch(
                 *(a.dy, a.x, a.residual, a.mask, a.dx, a.dresidual),
                 *(_partial(config, a.rstd, 2 if a.dslope is None else 3),),
-                *(_semaphores(a.x, config.at_once * (1 + config.overlaps)), a.mean, a.rstd),
-                *(a.weight, a.bias, a.slope, a.dweight, a.dbias, a.dslope),
+                *(_semaphores(a.x, config), a.mean, a.rstd, a.weight, a.bias, a.slope),
+                *(a.dweight, a.dbias, a.dslope),
             )
 
         return run
 
     def _launch(self, kernel: Any, problem: Problem, config: Config, **meta: Any) -> Launch:
+        groups = cdiv(planes.blocks_of(problem, config), config.at_once)
+        vector, width = planes.vector_of(problem, config), planes.channels_of_block(problem, config)
+        plane = problem.plane if planes.whole_planes(problem, config) else 1
+        problem = planes.seen_as(problem, config)
         view = problem.view
         chunks = config.chunks(problem)
         own = cdiv(chunks, config.splits)
-        groups = cdiv(config.channel_blocks(problem), config.at_once)
         tensors = 1 if problem.direction == "forward" else 2 + problem.reads_residual
         chunk = tensors * config.tile * problem.dtype.itemsize * WARPS.get(config.num_warps, 1)
         return Launch(
@@ -298,10 +301,12 @@ class Persistent:
             OVERLAP=config.overlaps,
             KEPT=self._kept_apart(problem, config),
             WHOLE=view.channels_last or view.p % config.block_p == view.n % config.block_n == 0,
-            EVEN=view.c % config.block_c == 0,
+            EVEN=plane == 1 and view.c % config.block_c == 0,
             STAGES=1 + max(1, min(cdiv(ON_THEIR_WAY, chunk), MOST_SHARED // chunk - 1)),
             SPLITS=config.splits,
-            **config.geometry(problem),
+            **{**config.geometry(problem), "VEC": vector},
+            PLANE=plane,
+            WIDTH=width,
         )
 
 
@@ -314,7 +319,7 @@ def _partial(config: Config, like: Tensor, quantities: int) -> Tensor:
 _of_stream: dict[tuple[torch.device, int], Tensor] = {}
 
 
-def _semaphores(x: Tensor, blocks: int) -> Tensor:
+def _semaphores(x: Tensor, config: Config) -> Tensor:
     """Zeros, or what earlier launches left there, which is as good (see `_barrier`).
 
     Two launches that run at the same time must not share them. Launches on one stream follow each
@@ -322,6 +327,7 @@ def _semaphores(x: Tensor, blocks: int) -> Tensor:
     own, part of its memory, which it sets to zero at every replay.
     """
     if not x.is_cuda or torch.cuda.is_current_stream_capturing():
+        blocks = config.at_once * (1 + config.overlaps)
         return torch.zeros(blocks, dtype=torch.int32, device=x.device)
     key = (x.device, torch.cuda.current_stream(x.device).cuda_stream)
     if key not in _of_stream:

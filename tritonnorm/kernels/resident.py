@@ -21,15 +21,19 @@ from .base import (
     ForwardArguments,
     Launch,
     advance_counter,
-    cdiv,
-    channels_of_block,
     next_power_of_2,
-    plane_widths,
     predicted_seconds,
     registers_kept,
+    x_strides,
+)
+from .planes import (
+    WIDEST_ROW,
+    blocks_of,
+    channels_of_block,
+    plane_widths,
+    seen_as,
     vector_of,
     whole_planes,
-    x_strides,
 )
 from .tiling import power_of_two_blocks
 
@@ -46,7 +50,6 @@ ROWS = (64, 32)
 # Bytes of the residual that a thread has on their way at once: with the two programs or more that
 # share a multiprocessor, what Little's law asks for (see `persistent`).
 AHEAD_BYTES = 128
-WIDEST_ROW = 1024  # columns of a tile of tiny planes: 8 planes of 11 by 11
 
 
 class Resident:
@@ -79,8 +82,10 @@ class Resident:
     def _found(self, problem: Problem, device: Device) -> list[Config]:
         """Configurations with whole planes of several channels, widest access first, and one by
         channel."""
-        planes = [self._whole_planes(problem, device, width) for width in plane_widths(problem)]
-        return [config for config in (*planes, self._fitting(problem, device)) if config]
+        found = [self._whole_planes(problem, device, width) for width in plane_widths(problem)]
+        if not problem.mask or problem.plane == 1:
+            found.append(self._fitting(problem, device))
+        return [config for config in found if config]
 
     def model_bytes(self, problem: Problem, config: Config) -> int:
         return minimum_bytes(problem)
@@ -89,14 +94,15 @@ class Resident:
         return minimum_bytes(problem)
 
     def predict(self, problem: Problem, config: Config, device: Device) -> float:
-        blocks = cdiv(problem.view.c, channels_of_block(problem, config))
+        blocks = blocks_of(problem, config)
         return predicted_seconds(device, minimum_bytes(problem), blocks, launches=1)
 
     def _whole_planes(self, problem: Problem, device: Device, width: int) -> Config | None:
         """Tiny planes of ``width`` channels (`Problem.flat`), or None if they do not fit.
 
         With all of the registers, smooth activations spill: BN+gelu and BN+silu on 64 samples of
-        2048 planes of 7 by 7, forward, in 16 bits, on sm_90.
+        2048 planes of 7 by 7, forward, in 16 bits, on sm_90. A mask has room beside: of BN+add+relu
+        on 32 samples it takes 8 registers a thread, and none spills on sm_80, sm_90 and sm_100.
         """
         flat = problem.flat
         if (block_c := next_power_of_2(width * problem.plane)) > WIDEST_ROW:
@@ -110,14 +116,19 @@ class Resident:
             most = max(1, elements // block_c)
             block_p = power_of_two_blocks(flat.view.p, most, max(1, least))
             config = Config(block_c, 1, block_p, num_warps=warps)
-            if config.chunks(flat) * config.tile * registers_kept(flat) <= payload * threads:
+            of_mask = flat.mask / 8 if flat.direction == "backward" and device.warp == 32 else 0.0
+            kept = config.chunks(flat) * config.tile * (registers_kept(flat) - of_mask)
+            if kept <= payload * threads:
                 return config
         return None
 
     def _fitting(self, problem: Problem, device: Device, max_block_c: int = 16) -> Config | None:
         """The smallest program that holds a channel block, or None."""
-        derived = problem.direction == "backward" and problem.activity == "smooth"
-        share = MOST_FILLED if derived or device.warp > 32 else 1.0
+        smooth = problem.activity == "smooth"
+        derived = problem.direction == "backward" and smooth
+        # Elements of a register each beside a residual: 20 spills (BN+add+gelu, 256x2048x7x7).
+        alone = smooth and problem.vector == 1
+        share = MOST_FILLED if derived or alone or device.warp > 32 else 1.0
         rows = ROWS if derived and device.warp == 32 else ROWS[:1]
         for narrowest, (warps, payload) in itertools.product(rows, PAYLOAD.items()):
             payload, threads = share * payload, warps * device.warp
@@ -152,9 +163,7 @@ class Resident:
     ) -> Callable[[ForwardArguments], None]:
         chunk = config.tile * problem.dtype.itemsize
         ahead = max(1, AHEAD_BYTES * config.num_warps * 32 // chunk)
-        ahead = min(
-            ahead, config.chunks(problem.flat if whole_planes(problem, config) else problem)
-        )
+        ahead = min(ahead, config.chunks(seen_as(problem, config)))
         launches = [
             self._launch(
                 *(kernels.forward_kernel, problem, config),
@@ -189,10 +198,10 @@ class Resident:
 
     def _launch(self, kernel: Any, problem: Problem, config: Config, **meta: Any) -> Launch:
         width = channels_of_block(problem, config)
-        grid = (cdiv(problem.view.c, width),)
-        vector, plane = vector_of(problem, config), 1
-        if whole_planes(problem, config):
-            plane, problem = problem.plane, problem.flat
+        grid = (blocks_of(problem, config),)
+        vector = vector_of(problem, config)
+        plane = problem.plane if whole_planes(problem, config) else 1
+        problem = seen_as(problem, config)
         view = problem.view
         return Launch(
             kernel,

@@ -3,7 +3,8 @@
 Forward: partial moments per split -> combine -> apply; x is read twice and y written once (3S).
 Backward: partial sums -> combine -> gradients; x and dy are read twice and dx written once (5S).
 The second pass walks in reverse, so what still lies in the L2 cache is not read from DRAM again.
-Everything is combined in a fixed order, without atomics: the same plan gives the same bits.
+Everything is combined in a fixed order, without atomics: the same plan gives the same bits. Tiny
+planes are read as rows of all channels (`Problem.flat`) where there are enough of them.
 """
 
 from collections.abc import Callable
@@ -28,6 +29,9 @@ from .base import (
     cdiv,
     mask_in_words,
     predicted_seconds,
+)
+from .planes import (
+    in_rows,
 )
 from .streaming import (
     COMBINE,
@@ -102,8 +106,8 @@ def moments_kernel(
 
 @triton.jit(do_not_specialize=["SPLITS"])
 def combine_moments_kernel(
-    partial_ptr,  # [4, SPLITS, C]: count, pivot, sum less the pivot, centred second moment; or
-    # [SPLITS, 3, C] of MERGED ones
+    partial_ptr,  # [4, SPLITS, C, PLANE]: count, pivot, sum less the pivot, centred second
+    # moment; or [SPLITS, 3, C] of MERGED ones
     merged_ptr,  # [3, C] out: count, mean, centred second moment; or None
     mean_ptr,  # [C] out, or None: the merged moments alone
     rstd_ptr,  # [C] out, or None
@@ -116,6 +120,7 @@ def combine_moments_kernel(
     SPLITS,
     CUMULATIVE: tl.constexpr,
     MERGED: tl.constexpr,  # what is merged are results of this kernel
+    PLANE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
@@ -123,18 +128,18 @@ def combine_moments_kernel(
     statistics."""
     ACC: tl.constexpr = partial_ptr.dtype.element_ty
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    plane = tl.cast(SPLITS, tl.int64) * C
-    row = tl.cast(C, tl.int64)
+    row = tl.cast(C, tl.int64) * PLANE
+    plane = SPLITS * row
     if MERGED:
         plane, row = row, row * 3
-    base = tl.load(partial_ptr + plane + c, mask=c < C, other=0.0)
+    base = tl.load(partial_ptr + plane + c * PLANE, mask=c < C, other=0.0)
     count = tl.zeros([BLOCK_C], ACC)
     total = tl.zeros([BLOCK_C], ACC)
     m2 = tl.zeros([BLOCK_C], ACC)
-    for s0 in range(0, SPLITS, BLOCK_S):
+    for s0 in range(0, SPLITS * PLANE, BLOCK_S):
         s = s0 + tl.arange(0, BLOCK_S)
-        valid = (s < SPLITS)[:, None] & (c < C)[None, :]
-        at = partial_ptr + s.to(tl.int64)[:, None] * row + c[None, :]
+        valid = (s < SPLITS * PLANE)[:, None] & (c < C)[None, :]
+        at = partial_ptr + (s // PLANE * row + s % PLANE)[:, None] + c[None, :] * PLANE
         counts = tl.load(at, mask=valid, other=0.0)
         firsts = tl.load(at + plane, mask=valid, other=0.0)
         if MERGED:
@@ -168,14 +173,17 @@ def moments_launch(problem: Problem, config: Config) -> Launch:
     )
 
 
-def combine_launches(problem: Problem, splits: int, merged: bool = False) -> list[Launch]:
+def combine_launches(
+    problem: Problem, splits: int, merged: bool = False, plane: int = 1
+) -> list[Launch]:
     """`combine_moments_kernel`, for running averages that are exponential and cumulative."""
-    c = problem.view.c
+    c = problem.view.c // plane
     return [
         Launch(
             *(combine_moments_kernel, (cdiv(c, COMBINE["BLOCK_C"]),), (c, splits), 4),
             CUMULATIVE=cumulative,
             MERGED=merged,
+            PLANE=plane,
             **COMBINE,
         )
         for cumulative in (False, True)
@@ -191,10 +199,10 @@ class Split:
         return None if problem.batch_statistics else "the statistics are given"
 
     def heuristic(self, problem: Problem, device: Device) -> Config:
-        return streaming_config(problem, device)
+        return streaming_config(in_rows(problem)[0], device)
 
     def configs(self, problem: Problem, device: Device) -> list[Config]:
-        return streaming_candidates(problem, device, self.heuristic(problem, device))
+        return streaming_candidates(in_rows(problem)[0], device, self.heuristic(problem, device))
 
     def model_bytes(self, problem: Problem, config: Config) -> int:
         """One pass more over everything that the statistics or the sums depend on."""
@@ -202,7 +210,8 @@ class Split:
             return minimum_bytes(problem) + problem.bytes
         if not problem.sums:
             return minimum_bytes(problem)
-        mask = problem.view.mask_room if mask_in_words(config, problem) else problem.view.mask_bytes
+        words = mask_in_words(config, in_rows(problem)[0])
+        mask = problem.mask_room if words else problem.mask_bytes
         reads = (2 + problem.reads_residual) * problem.bytes + problem.mask * mask
         if not problem.needs_dx and not problem.needs_dresidual:
             return reads
@@ -218,21 +227,23 @@ class Split:
         return once + max(0.0, again - L2_SHARE * device.l2_bytes)
 
     def predict(self, problem: Problem, config: Config, device: Device) -> float:
-        programs = config.channel_blocks(problem) * splits_for(config, problem)[0]
+        seen, _ = in_rows(problem)
+        programs = config.channel_blocks(seen) * splits_for(config, seen)[0]
         moved = self.dram_bytes(problem, config, device)
         return predicted_seconds(device, moved, programs, launches=3)
 
     def forward(
         self, problem: Problem, config: Config, epilogue: EpilogueArguments
     ) -> Callable[[ForwardArguments], None]:
-        c, splits = problem.view.c, splits_for(config, problem)[0]
-        moments_of_splits = moments_launch(problem, config)
-        combine = combine_launches(problem, splits)
-        apply = apply_launch(problem, config, epilogue, given=False)
+        seen, plane = in_rows(problem)
+        columns, splits = seen.view.c, splits_for(config, seen)[0]
+        moments_of_splits = moments_launch(seen, config)
+        combine = combine_launches(seen, splits, plane=plane)
+        apply = apply_launch(seen, config, epilogue, given=False, plane=plane)
 
         def run(a: ForwardArguments) -> None:
             assert a.mean is not None and a.rstd is not None
-            partial = a.mean.new_empty((4, splits, c))
+            partial = a.mean.new_empty((4, splits, columns))
             moments_of_splits(a.x, partial)
             combine[advance_counter(a)](
                 *(partial, None, a.mean, a.rstd, a.running_mean, a.running_var, a.counter),
@@ -247,16 +258,20 @@ class Split:
     ) -> Callable[[BackwardArguments], None]:
         writes = problem.needs_dx or problem.needs_dresidual
         sums = problem.sums
-        first = gradient_launch(problem, config, epilogue, sums=True, corrects=False, writes=False)
-        combine = combine_sums_launch(problem, config)
+        seen, plane = in_rows(problem)
+        first = gradient_launch(
+            *(seen, config, epilogue), sums=True, corrects=False, writes=False, plane=plane
+        )
+        combine = combine_sums_launch(seen, config, plane)
+        corrects = sums and problem.needs_dx
         second = gradient_launch(
-            problem, config, epilogue, sums=False, corrects=sums and problem.needs_dx, writes=True
+            *(seen, config, epilogue), sums=False, corrects=corrects, writes=True, plane=plane
         )
 
         def run(a: BackwardArguments) -> None:
             whole: torch.Tensor | None = None
             if sums:
-                partial = partial_sums(problem, config, a)
+                partial = partial_sums(seen, config, a)
                 first(a, partial, None, None)
                 whole = a.rstd.new_empty((2, problem.view.c)) if problem.needs_dx else None
                 combine(a, partial, whole)

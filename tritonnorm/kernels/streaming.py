@@ -161,11 +161,11 @@ def gradient_kernel(
         leak = epilogue.load_leak(slope_ptr, at, channels, A, ACC)
     if sums_ptr is not None:
         if count_ptr is None:
-            total = tl.cast(N, ACC) * tl.cast(P, ACC)
+            total = tl.cast(N, ACC) * tl.cast(P, ACC) * PLANE
         else:
-            total = tl.load(count_ptr + c, mask=c < C, other=1.0)
-        mean_g = tl.load(sums_ptr + c, mask=c < C, other=0.0) / total
-        slope = tl.load(sums_ptr + C + c, mask=c < C, other=0.0) / total * rstd * rstd
+            total = tl.load(count_ptr + at, mask=c < C, other=1.0)
+        mean_g = tl.load(sums_ptr + at, mask=c < C, other=0.0) / total
+        slope = tl.load(sums_ptr + channels + at, mask=c < C, other=0.0) / total * rstd * rstd
     sums_g = tl.zeros([BLOCK_C, BLOCK_N * BLOCK_P], ACC)
     sums_gx = tl.zeros([BLOCK_C, BLOCK_N * BLOCK_P], ACC)
     sums_leak = tl.zeros([BLOCK_C, BLOCK_N * BLOCK_P], ACC)

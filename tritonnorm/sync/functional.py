@@ -296,7 +296,7 @@ def _differentiable_backward(
     if mask is not None:
         from tritonnorm.ops import unpack_mask
 
-        opened = unpack_mask(mask, x)
+        opened = unpack_mask(mask, x, "synced")
     g = reference.through_activation(dy_, v, activation, activation_args, opened)
     leaves = (x, weight, bias)
     dx, dweight, dbias = reference.leaf_gradients(v, leaves, (needs[0], *needs[2:]), g)

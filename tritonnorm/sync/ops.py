@@ -163,7 +163,7 @@ def _apply_moments(
 
 def _unwritten(x: Tensor, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     mean = x.new_empty(problem.view.c, dtype=problem.accumulator)
-    mask = x.new_empty(problem.view.mask_room if problem.mask else 0, dtype=torch.uint8)
+    mask = x.new_empty(problem.mask_room if problem.mask else 0, dtype=torch.uint8)
     return mean, torch.empty_like(mean), mask
 
 

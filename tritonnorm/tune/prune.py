@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from tritonnorm.device import INTERPRETER, Device
-from tritonnorm.kernels.base import Config, Launch, launches_to, vector_of, whole_planes
+from tritonnorm.kernels.base import Config, Launch, launches_to
 from tritonnorm.kernels.folding import Batch
+from tritonnorm.kernels.planes import in_rows, vector_of, whole_planes
 from tritonnorm.problem import FoldProblem
 from tritonnorm.tune.key import Shape
 from tritonnorm.tune.pool import KernelSpec, compile_each
@@ -45,16 +46,19 @@ _TYPES = {
 def access_width(problem: Any, config: Config, device: Device, algorithm: str = "") -> int:
     """Bits that an access can have: by what divides the contiguous axis, and a thread's share.
 
-    What that axis is depends on the algorithm: "resident" and "affine" may take the planes of
+    What that axis is depends on the algorithm: those of batch norms may take the planes of
     several channels, and a program of "group_resident" has the channels of one group.
     """
     vector = problem.vector
     if algorithm == "group_resident":
         vector = problem.strip
-    elif algorithm == "resident" and whole_planes(problem, config):
+    elif algorithm in ("resident", "persistent") and whole_planes(problem, config):
         problem, vector = problem.flat, vector_of(problem, config)
     elif algorithm == "affine":
         problem, vector = problem.flat, problem.flat.vector
+    elif algorithm == "split":
+        problem, _ = in_rows(problem)
+        vector = problem.vector
     contiguous = config.block_c if problem.view.channels_last else config.block_p
     of_thread = max(1, config.tile // (config.num_warps * device.warp))
     return min(WIDE, min(vector, contiguous, of_thread) * problem.dtype.itemsize * 8)

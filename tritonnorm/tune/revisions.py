@@ -9,10 +9,10 @@ from __future__ import annotations
 __all__ = ["REVISIONS"]
 
 REVISIONS: dict[str, int] = {
-    "resident": 4,
-    "persistent": 4,
-    "split": 3,
-    "affine": 2,
+    "resident": 5,
+    "persistent": 5,
+    "split": 4,
+    "affine": 3,
     "masked": 2,
     "group_resident": 2,
     "group_split": 2,

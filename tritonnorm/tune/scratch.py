@@ -112,7 +112,7 @@ class NormTrial:
     def _mask(self) -> Tensor | None:
         if not self.problem.mask:
             return None
-        shape = (self.problem.view.mask_room,)
+        shape = (self.problem.mask_room,)
         options: Any = {"device": self.where, "generator": self.generator}
         return torch.randint(0, 256, shape, dtype=torch.uint8, **options)
 
@@ -238,7 +238,7 @@ def _check_forward(
                 assert found is not None
                 compare("running statistics", found[s], wanted)
     if a.mask is not None and a.residual is not None:
-        differ = int((p.view.mask_bits(a.mask) != (a.y > 0)).sum())
+        differ = int((p.mask_bits(a.mask) != (a.y > 0)).sum())
         if differ > MAY_DIFFER * a.y.numel():
             raise Wrong("the mask is wrong")
 
@@ -249,7 +249,7 @@ def _check_backward(a: BackwardArguments, p: Problem, activation: str) -> None:
         var = a.rstd[s].double().square().reciprocal() - EPS
         dy, given = a.dy[:, s], activation or None
         if a.mask is not None:  # the gate is what the mask says
-            dy, given = torch.where(p.view.mask_bits(a.mask)[:, s], dy, torch.zeros_like(dy)), None
+            dy, given = torch.where(p.mask_bits(a.mask)[:, s], dy, torch.zeros_like(dy)), None
         expected = spec(
             dy, a.x[:, s], *where, a.mean[s], var, _part(a.weight, s), _part(a.bias, s),
             p.batch_statistics, EPS, given,
