@@ -282,8 +282,7 @@ class Persistent:
 
     def _launch(self, kernel: Any, problem: Problem, config: Config, **meta: Any) -> Launch:
         groups = cdiv(planes.blocks_of(problem, config), config.at_once)
-        vector, width = planes.vector_of(problem, config), planes.channels_of_block(problem, config)
-        plane = problem.plane if planes.whole_planes(problem, config) else 1
+        meta |= planes.geometry(problem, config)
         problem = planes.seen_as(problem, config)
         view = problem.view
         chunks = config.chunks(problem)
@@ -301,12 +300,9 @@ class Persistent:
             OVERLAP=config.overlaps,
             KEPT=self._kept_apart(problem, config),
             WHOLE=view.channels_last or view.p % config.block_p == view.n % config.block_n == 0,
-            EVEN=plane == 1 and view.c % config.block_c == 0,
+            EVEN=meta["PLANE"] == 1 and view.c % config.block_c == 0,
             STAGES=1 + max(1, min(cdiv(ON_THEIR_WAY, chunk), MOST_SHARED // chunk - 1)),
             SPLITS=config.splits,
-            **{**config.geometry(problem), "VEC": vector},
-            PLANE=plane,
-            WIDTH=width,
         )
 
 

@@ -7,6 +7,7 @@ have blocks of whole planes, and sum over the columns of a channel themselves.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from tritonnorm.problem import FEW_ROWS, Problem
 
@@ -63,6 +64,17 @@ def seen_as(problem: Problem, config: Config) -> Problem:
         ):
             raise ValueError(f"config: {config} has no whole bytes of a mask of {problem}")
     return problem.flat if whole_planes(problem, config) else problem
+
+
+def geometry(problem: Problem, config: Config) -> dict[str, Any]:
+    """`Config.geometry` of what a problem is seen as, with what the kernels of `resident` and
+    `persistent` want to know of its planes."""
+    return {
+        **config.geometry(seen_as(problem, config)),
+        "VEC": vector_of(problem, config),
+        "PLANE": problem.plane if whole_planes(problem, config) else 1,
+        "WIDTH": channels_of_block(problem, config),
+    }
 
 
 def blocks_of(problem: Problem, config: Config) -> int:

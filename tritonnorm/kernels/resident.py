@@ -29,11 +29,9 @@ from .base import (
 from .planes import (
     WIDEST_ROW,
     blocks_of,
-    channels_of_block,
+    geometry,
     plane_widths,
     seen_as,
-    vector_of,
-    whole_planes,
 )
 from .tiling import power_of_two_blocks
 
@@ -197,10 +195,7 @@ class Resident:
         return run
 
     def _launch(self, kernel: Any, problem: Problem, config: Config, **meta: Any) -> Launch:
-        width = channels_of_block(problem, config)
-        grid = (blocks_of(problem, config),)
-        vector = vector_of(problem, config)
-        plane = problem.plane if whole_planes(problem, config) else 1
+        grid, meta = (blocks_of(problem, config),), meta | geometry(problem, config)
         problem = seen_as(problem, config)
         view = problem.view
         return Launch(
@@ -209,8 +204,5 @@ class Resident:
             (view.n, view.c, view.p, *x_strides(problem)),
             config.num_warps,
             **meta,
-            **{**config.geometry(problem), "VEC": vector},
-            PLANE=plane,
-            WIDTH=width,
             CHUNKS=config.chunks(problem),
         )

@@ -30,9 +30,7 @@ from .base import (
     mask_in_words,
     predicted_seconds,
 )
-from .planes import (
-    in_rows,
-)
+from .planes import in_rows
 from .streaming import (
     COMBINE,
     apply_launch,
