@@ -144,7 +144,7 @@ def test_a_narrow_access_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the hint that a vector divides the contiguous axis, the compiler cannot prove it."""
     geometry = Config.geometry
     monkeypatch.setattr(Config, "geometry", lambda *args: {**geometry(*args), "VEC": 1})
-    call = Call((32, 256, 14, 14), False, activation="relu")
+    call = Call((16, 256, 14, 14), False, activation="relu")  # too few samples for rows
     case = CompileCase(call, "split", "sm_90", every_config=False)
     rows = [row for row in audit(case) if row.widths]
     assert {fault for row in rows for fault in row.faults} >= {
@@ -164,13 +164,15 @@ def test_a_tensor_that_no_access_is_found_of_is_an_error(monkeypatch: pytest.Mon
     ("shape", "channels_last", "dtype", "algorithm", "columns", "bits"),
     [
         ((32, 64, 56, 56), False, torch.bfloat16, "split", 1, 128),
-        ((32, 64, 14, 14), False, torch.bfloat16, "split", 1, 64),
-        ((32, 64, 14, 14), False, torch.float32, "split", 1, 128),
-        ((32, 64, 7, 7), False, torch.bfloat16, "split", 1, 16),
+        ((16, 64, 14, 14), False, torch.bfloat16, "split", 1, 64),
+        ((16, 64, 14, 14), False, torch.float32, "split", 1, 128),
+        ((16, 64, 7, 7), False, torch.bfloat16, "split", 1, 16),
+        ((32, 64, 14, 14), False, torch.bfloat16, "split", 64, 128),  # rows of all planes
+        ((32, 64, 7, 7), False, torch.bfloat16, "split", 64, 128),
         ((32, 64, 7, 7), True, torch.bfloat16, "split", 64, 128),
         ((32, 36, 7, 7), True, torch.float16, "split", 64, 64),
         ((32, 3, 7, 7), True, torch.float64, "split", 64, 64),
-        ((32, 64, 7, 7), False, torch.bfloat16, "resident", 1, 16),
+        ((32, 64, 7, 7), False, torch.bfloat16, "resident", 1, 16),  # one plane
         ((32, 64, 7, 7), False, torch.bfloat16, "resident", 128, 32),  # planes of two channels
         ((32, 64, 7, 7), False, torch.bfloat16, "resident", 512, 128),  # of eight
         ((32, 64, 14, 14), False, torch.bfloat16, "resident", 512, 128),
