@@ -238,12 +238,12 @@ def ran() -> Iterator[list[str]]:
     names: list[str] = []
     recipe = ops.recipe
 
-    def recorded(*args: Any) -> Any:
-        found = recipe(*args)
+    def recorded(*args: Any, **options: Any) -> Any:
+        found = recipe(*args, **options)
         names.append(found.plan.algorithm)
         return found
 
-    with mock.patch.object(ops, "recipe", recorded):
+    with mock.patch.object(ops, "recipe", recorded), mock.patch.object(ops, "of_kinds", {}):
         yield names
 
 

@@ -10,6 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tritonnorm
 from tritonnorm import functional, ops
+from tritonnorm.conditions import Kind
+from tritonnorm.device import INTERPRETER, KNOWN, simulated
 
 
 class Operators(TorchDispatchMode):
@@ -153,3 +155,37 @@ def test_the_memory_of_checks_is_bounded(monkeypatch: pytest.MonkeyPatch) -> Non
     for n in range(2, 12):
         functional.batch_norm(torch.randn(n, 2), None, None, training=True)
         assert 1 <= len(functional._accepted) <= 3
+
+
+def test_a_warm_call_is_found_by_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is described anew for it, forward and backward; strides and a forced plan count."""
+    asked: list[str] = []
+    right = ops.recipe
+    monkeypatch.setattr(ops, "recipe", lambda *a, **k: asked.append(a[0]) or right(*a, **k))
+    bn, x = tritonnorm.BatchNorm2d(4, activation="relu"), torch.randn(3, 4, 5, 5)
+    last = x.to(memory_format=torch.channels_last).requires_grad_()
+    x.requires_grad_()
+    expected = {True: step(bn, x), False: step(bn, last)}
+    assert asked == ["forward", "backward"] * 2
+    for first, t in ((True, x), (False, last)):
+        assert torch.equal(step(bn, t), expected[first])
+    assert len(asked) == 4
+    with tritonnorm.force_plan("split"):
+        step(bn, x)
+    assert len(asked) == 6
+    with simulated(KNOWN["h200"]), simulated(INTERPRETER):
+        pass
+    step(bn, x)
+    assert len(asked) == 8
+
+
+def test_a_launch_of_one_kind_refuses_another() -> None:
+    """The interpreter checks what compiled launches rely on."""
+    x, weight = torch.randn(3, 4, 5, 5), torch.ones(4)
+    kind = Kind("", ())
+    given = (x, None, weight, None, None, None, None, 0.1, 1e-5, "", (), False, None, kind)
+    ops.training(True)(*given)
+    ops.training(True)(*given)
+    for other in (None, weight.double()):
+        with pytest.raises(RuntimeError, match="launch: made for"):
+            ops.training(True)(*given[:2], other, *given[3:])

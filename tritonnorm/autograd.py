@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
+from .conditions import Kind
 from .ops import unpack_mask
 from .recipe import activity
 
@@ -32,41 +33,44 @@ class BatchNormFunction(torch.autograd.Function):
         running_var: Tensor | None,
         counter: Tensor | None,
         slope: Tensor | None,
-        options: tuple[bool, float | None, float, str, tuple[float, ...]],
+        options: tuple[bool, float | None, float, str, tuple[float, ...], Kind | None],
     ) -> Tensor:
         # In one argument: each costs the host some 0.2 microseconds.
-        batch_statistics, momentum, eps, activation, activation_args = options
+        batch_statistics, momentum, eps, activation, activation_args, kind = options
         learned = () if slope is None else (slope,)
         save_mask = residual is not None and activity(activation) == "two_valued"
         direct = ops.unwatched(x, residual, weight, bias, running_mean, running_var, counter, slope)
         if batch_statistics:
             y, mean, rstd, mask = ops.training(direct)(
                 x, residual, weight, bias, running_mean, running_var, counter,
-                momentum, eps, activation, activation_args, save_mask, *learned,
+                momentum, eps, activation, activation_args, save_mask,
+                *((slope, kind) if direct else learned),
             )  # fmt: skip
         else:
             y, mean, rstd, mask = ops.inference(direct)(
                 x, residual, weight, bias, running_mean, running_var,
-                eps, activation, activation_args, True, save_mask, *learned,
+                eps, activation, activation_args, True, save_mask,
+                *((slope, kind) if direct else learned),
             )  # fmt: skip
         kept = residual if residual is not None and activity(activation) == "smooth" else None
         saved = (x, kept, mask if save_mask else None, weight, bias, mean, rstd)
         ctx.save_for_backward(*saved, *learned)
-        ctx.options = (batch_statistics, eps, activation, activation_args, direct)
+        ctx.options = (batch_statistics, eps, activation, activation_args, direct, kind)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # once: a checkpoint lets a tensor be unpacked once
         x, residual, mask, weight, bias, mean, rstd, *learned = saved
-        batch_statistics, _, activation, activation_args, direct = ctx.options
-        needs = [
-            ctx.needs_input_grad[0],
-            ctx.needs_input_grad[1] and bool(activation),
-            weight is not None and ctx.needs_input_grad[2],
-            bias is not None and ctx.needs_input_grad[3],
-            *([ctx.needs_input_grad[7]] if learned else []),
-        ]
+        batch_statistics, _, activation, activation_args, direct, kind = ctx.options
+        asked = ctx.needs_input_grad
+        needs = (
+            asked[0],
+            asked[1] and bool(activation),
+            weight is not None and asked[2],
+            bias is not None and asked[3],
+            *((asked[7],) if learned else ()),
+        )
         found: Sequence[Tensor | None]
         if not any(needs):
             found = (None,) * 5
@@ -76,10 +80,11 @@ class BatchNormFunction(torch.autograd.Function):
             direct = direct and ops.unwatched(grads[0], before=saved)
             found = ops.backward(direct)(
                 grads[0], x, residual, mask, weight, bias, mean, rstd,
-                batch_statistics, activation, activation_args, needs, *learned,
+                batch_statistics, activation, activation_args, needs,
+                *((*(learned or (None,)), kind) if direct else learned),
             )  # fmt: skip
         gradients = [g if needed else None for g, needed in zip(found, needs, strict=False)]
-        if ctx.needs_input_grad[1] and not activation:  # y is the sum of two terms: no kernel
+        if asked[1] and not activation:  # y is the sum of two terms: no kernel
             gradients[1] = grads[0]
         return (*gradients[:4], *(None,) * 3, gradients[4] if learned else None, None)
 
@@ -93,7 +98,7 @@ def _differentiable_backward(
     """The backward as PyTorch operations, so that it has derivatives itself."""
     x, residual, mask, weight, bias, mean, rstd, *learned = saved
     x, weight, bias = reference.apart(x, weight, bias)
-    batch_statistics, eps, activation, activation_args, _ = options
+    batch_statistics, eps, activation, activation_args, *_ = options
     wide = torch.promote_types(x.dtype, mean.dtype)
     x_, dy_ = x.to(wide), dy.to(wide)
     z, w, b = (None if t is None else t.to(wide) for t in (residual, weight, bias))
@@ -132,9 +137,14 @@ def batch_norm(
     activation: str,
     activation_args: tuple[float, ...],
     slope: Tensor | None = None,
+    kind: Kind | None = None,
 ) -> Tensor:
-    """The operator that the call needs: with autograd if a gradient can be asked for, else
-    without."""
+    """The operator that the call needs: with autograd if a gradient can be asked for, else without.
+
+    Args:
+        kind: everything about the call but its strides, the momentum's value and the gradients that
+            are wanted, if there is one.
+    """
     if torch.is_grad_enabled() and (
         x.requires_grad
         or (weight is not None and weight.requires_grad)
@@ -146,16 +156,16 @@ def batch_norm(
         apply = BatchNormFunction.apply if torch.compiler.is_compiling() else _apply
         return apply(
             x, residual, weight, bias, running_mean, running_var, counter, slope,
-            (batch_statistics, momentum, eps, activation, activation_args),
+            (batch_statistics, momentum, eps, activation, activation_args, kind),
         )  # fmt: skip
-    learned = () if slope is None else (slope,)
     direct = ops.unwatched(x, residual, weight, bias, running_mean, running_var, counter, slope)
+    rest: tuple[Any, ...] = (slope, kind) if direct else () if slope is None else (slope,)
     if batch_statistics:
         return ops.training(direct)(
             x, residual, weight, bias, running_mean, running_var, counter,
-            momentum, eps, activation, activation_args, False, *learned,
+            momentum, eps, activation, activation_args, False, *rest,
         )[0]  # fmt: skip
     return ops.inference(direct)(
         x, residual, weight, bias, running_mean, running_var,
-        eps, activation, activation_args, False, False, *learned,
+        eps, activation, activation_args, False, False, *rest,
     )[0]  # fmt: skip

@@ -26,15 +26,25 @@ _WIDENED = {
 _logged: set[tuple[str, str]] = set()
 
 
-class Accepted(dict[Any, tuple[str, tuple[float, ...]]]):
-    """Kinds of calls that passed all checks -> activation and its parameters."""
+class Kind:
+    """Batch norms that `batch_norm_key` does not tell apart, and that passed all checks. Each
+    is equal to itself alone."""
+
+    __slots__ = ("activation", "activation_args")
+
+    def __init__(self, activation: str, activation_args: tuple[float, ...]) -> None:
+        self.activation, self.activation_args = activation, activation_args
+
+
+class Accepted(dict[Any, Any]):
+    """Keys of calls that passed all checks -> what is known of them."""
 
     MOST = 8192  # beyond it starts anew: shapes that change all the time must not fill memory
 
-    def put(self, key: Any, value: tuple[str, tuple[float, ...]]) -> None:
+    def put(self, key: Any, known: Any) -> None:
         if len(self) >= self.MOST:
             self.clear()
-        self[key] = value
+        self[key] = known
 
 
 def _hashable(activation: Any, activation_args: Any) -> bool:

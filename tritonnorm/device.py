@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -107,11 +107,25 @@ def simulated(device: Device) -> Iterator[None]:
     For audits without a GPU, under a driver that records launches instead of running them.
     """
     before = _described[_CPU]
-    _described[_CPU] = device
+    _stand_in(device)
     try:
         yield
     finally:
-        _described[_CPU] = before
+        _stand_in(before)
+
+
+def _stand_in(device: Device) -> None:
+    _described[_CPU] = device
+    for call in _listeners:
+        call()
+
+
+_listeners: list[Callable[[], None]] = []
+
+
+def on_simulation(call: Callable[[], None]) -> None:
+    """Have ``call`` called whenever CPU tensors begin or end to count as lying elsewhere."""
+    _listeners.append(call)
 
 
 def is_simulated() -> bool:

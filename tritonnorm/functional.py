@@ -13,6 +13,7 @@ from torch import Tensor
 from . import activation as activations
 from .conditions import (
     Accepted,
+    Kind,
     batch_norm_key,
     check_batch_norm,
     check_device,
@@ -90,8 +91,8 @@ def batch_norm(
             (running_mean, running_var), activation, activation_args,
             (training, momentum is None, eps),
         )  # fmt: skip
-    accepted = None if key is None else _accepted.get(key)
-    if accepted is None or surroundings(input):
+    kind = None if key is None else _accepted.get(key)
+    if kind is None or surroundings(input):
         channels = input.shape[1] if slope is not None and input.dim() > 1 else 0
         act, act_args = activations.resolve_learned(activation, activation_args, slope, channels)
         reason = seen
@@ -109,14 +110,15 @@ def batch_norm(
                 input, running_mean, running_var, weight, bias, training, momentum, eps, act,
                 act_args, residual, num_batches_tracked, slope,
             )  # fmt: skip
-        accepted = act.name if act else "", act_args
+        kind = Kind(act.name if act else "", act_args)
         if key is not None:
-            _accepted.put(key, accepted)
+            _accepted.put(key, kind)
     # Dynamo would guard the global, and compile a second time.
     kernels = _autograd() if compiling or _imported is None else _imported
     return kernels.batch_norm(
         input, residual, weight, bias, running_mean, running_var,
-        num_batches_tracked if training else None, training, momentum, eps, *accepted, slope,
+        num_batches_tracked if training else None, training, momentum, eps,
+        kind.activation, kind.activation_args, slope, None if key is None else kind,
     )  # fmt: skip
 
 

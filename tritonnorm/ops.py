@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .conditions import Kind
 from .device import Device
 from .kernels.base import BackwardArguments, ForwardArguments
 from .operators import implement
 from .plan import forced
 from .problem import Form, Problem
-from .recipe import recipe, view_of
+from .recipe import of_kinds, recipe, view_of
 
 Maybe = Tensor | None  # None is not asked for
 Outputs = tuple[Tensor, Maybe, Maybe, Maybe]  # y, mean, rstd, mask
@@ -85,11 +86,14 @@ def _forward(
     save_statistics: bool,
     save_mask: bool,
     slope: Tensor | None,
+    kind: Kind | None,
 ) -> Outputs:
     y = torch.empty_like(x)
-    found = recipe(
+    known = (kind, x.stride(), forced(), save_statistics, save_mask)
+    found = of_kinds.get(known) or recipe(
         "forward", x.shape, x.stride(), x.dtype, Device.of(x.device), forced(),
         batch_statistics, activation, tuple(activation_args), residual is not None, save_mask,
+        known=kind and known,
     )  # fmt: skip
     mean, rstd, mask = _saved(x, running_mean, found.problem, save_statistics)
     found.run(
@@ -144,12 +148,13 @@ def _training(
     activation_args: Sequence[float],
     save_mask: bool,
     slope: Tensor | None = None,
+    kind: Kind | None = None,
 ) -> Outputs:
     changed = [t for t in (running_mean, running_var, num_batches_tracked) if t is not None]
     torch.autograd.graph.increment_version(changed)
     return _forward(
         input, residual, weight, bias, running_mean, running_var, num_batches_tracked,
-        momentum, eps, activation, activation_args, True, True, save_mask, slope,
+        momentum, eps, activation, activation_args, True, True, save_mask, slope, kind,
     )  # fmt: skip
 
 
@@ -166,10 +171,11 @@ def _inference(
     save_statistics: bool,
     save_mask: bool,
     slope: Tensor | None = None,
+    kind: Kind | None = None,
 ) -> Outputs:
     return _forward(
         input, residual, weight, bias, vector_of(running_mean), vector_of(running_var), None,
-        0.0, eps, activation, activation_args, False, save_statistics, save_mask, slope,
+        0.0, eps, activation, activation_args, False, save_statistics, save_mask, slope, kind,
     )  # fmt: skip
 
 
@@ -187,13 +193,16 @@ def _backward(
     activation_args: Sequence[float],
     needs: Sequence[bool],
     slope: Tensor | None = None,
+    kind: Kind | None = None,
 ) -> Gradients:
     """``needs``: which of dinput, dresidual, dweight, dbias (and, with a slope, dslope) to compute;
     the others are None."""
-    found = recipe(
+    known = (kind, input.stride(), forced(), tuple(needs))
+    found = of_kinds.get(known) or recipe(
         "backward", input.shape, input.stride(), input.dtype, Device.of(input.device), forced(),
         batch_statistics, activation, tuple(activation_args),
         residual is not None or mask is not None, mask is not None, tuple(needs),
+        known=kind and known,
     )  # fmt: skip
     outputs = _gradients(input, weight, bias, needs)
     dslope = None

@@ -15,7 +15,7 @@ import torch
 
 from . import settings
 from .activation import ACTIVATIONS, PRELU
-from .device import INTERPRETER, Device
+from .device import INTERPRETER, Device, on_simulation
 from .kernels.base import EpilogueArguments, made_for
 from .norms.problem import GroupProblem
 from .plan import Forced, Plan, on_change, plan
@@ -109,12 +109,13 @@ def prepared(
     chosen: Plan,
     activation: str,
     activation_args: tuple[float, ...],
+    one_kind: bool = False,
 ) -> Callable[[Any], None]:
-    """What launches the kernels of a plan."""
+    """What launches the kernels of a plan; of ``one_kind`` as in `made_for`."""
     algorithm: Any = chosen.runs
     make = algorithm.forward if problem.direction == "forward" else algorithm.backward
     epilogue = EpilogueArguments.named(activation, activation_args)
-    with made_for((problem, device)):
+    with made_for((problem, device), one_kind):
         run: Callable[[Any], None] = make(problem, chosen.config, epilogue)
     return run
 
@@ -133,14 +134,28 @@ def recipe(
     residual: bool,
     mask: bool,
     needs: tuple[bool, ...] = (),
+    known: tuple[Any, ...] | None = None,
 ) -> Recipe:
-    """Made once for all calls that are alike."""
+    """Made once for all calls that are alike; if they have a place in `of_kinds`, put there too."""
     problem, dense, copies = described(
         direction, sizes, strides, dtype, batch_statistics, activation, residual, mask, needs
     )
     chosen = decided(problem, device, forced)
-    run = prepared(problem, device, chosen, activation, activation_args)
-    return Recipe(run, chosen, problem, dense, copies)
+    one_kind = known is not None
+    run = prepared(problem, device, chosen, activation, activation_args, one_kind)
+    found = Recipe(run, chosen, problem, dense, copies)
+    if known is not None:
+        if len(of_kinds) >= MOST:
+            of_kinds.clear()
+        of_kinds[known] = found
+    return found
 
 
+MOST = 16384  # shapes that change all the time must not fill memory
+# `conditions.Kind`, and what it does not tell of a call -> the recipe of that kind alone. It takes
+# half of the instructions of `recipe` to find.
+of_kinds: dict[tuple[Any, ...], Recipe] = {}
 on_change(recipe.cache_clear)
+on_change(of_kinds.clear)
+on_simulation(recipe.cache_clear)
+on_simulation(of_kinds.clear)

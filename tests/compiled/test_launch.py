@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from triton.runtime.jit import JITFunction
 
+import tritonnorm
 from bench.call import Call
 from bench.lab.fake_driver import FakeDriver, fake_driver
 from bench.launches import observe
@@ -95,6 +97,37 @@ def test_the_alignment_of_a_tensor_matters(log, monkeypatch) -> None:
     seen = through_triton(monkeypatch)
     t.forward()
     assert seen == ["forward_kernel"] and len(log.variants) == known + 1
+
+
+@pytest.mark.parametrize("number", [1, True, np.float32(0.25), np.float64(0.25)], ids=repr)
+def test_numbers_of_all_kinds_are_floats(log, number) -> None:
+    """The interpreter takes any; a compiled kernel takes 64-bit floats."""
+    for _ in range(2):  # cold, and warm
+        bn = tritonnorm.BatchNorm2d(16, eps=number, momentum=number)
+        bn(torch.randn(4, 16, 8, 8))
+        tritonnorm.LayerNorm(16, eps=number)(torch.randn(4, 16))
+    norm, _, again, _ = log.launches
+    for one in (norm, again):
+        given = (one.arguments["eps"], one.arguments["momentum"])
+        assert given == (number, number) and list(map(type, given)) == [float, float]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_kind_of_calls_has_launches_of_its_own(log, monkeypatch, dtype) -> None:
+    """The same input, and weights of other dtypes or none: each gets the kernel for its own."""
+    x = torch.randn(4, 16, 8, 8, dtype=torch.bfloat16)
+    statistics = torch.zeros(16), torch.ones(16)
+    vectors = (None, torch.ones(16, dtype=dtype), torch.ones(16))
+    for _ in range(2):
+        for weight in vectors:
+            tritonnorm.functional.batch_norm(x, *statistics, weight, training=True)
+    kinds = [log.variants[one.variant].signature["weight_ptr"] for one in log.launches]
+    assert kinds[:3] == kinds[3:]
+    narrow = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}[dtype]
+    assert kinds[1:3] == [narrow, "*fp32"] and kinds[0] == "constexpr"
+    seen = through_triton(monkeypatch)
+    tritonnorm.functional.batch_norm(x, *statistics, vectors[1], training=True)
+    assert seen == []
 
 
 def test_another_shape_of_the_same_kind_is_no_new_kernel(log) -> None:

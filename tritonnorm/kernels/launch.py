@@ -13,13 +13,17 @@ from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-_origin: ContextVar[Any] = ContextVar("_origin", default=None)
+_origin: ContextVar[tuple[Any, bool]] = ContextVar("_origin", default=(None, False))
 
 
 @contextlib.contextmanager
-def made_for(origin: Any) -> Iterator[None]:
-    """Launches made within the context have ``origin``: what they are to compute, for observers."""
-    token = _origin.set(origin)
+def made_for(origin: Any, one_kind: bool = False) -> Iterator[None]:
+    """Launches made within the context have ``origin``: what they are to compute, for observers.
+
+    Of ``one_kind`` they get the same arguments every time as far as dtypes go and what is None:
+    whoever makes them promises that, and they no longer look.
+    """
+    token = _origin.set((origin, one_kind))
     try:
         yield
     finally:
@@ -55,7 +59,8 @@ class Launch:
     """
 
     __slots__ = (
-        "_grid", "_interpreted", "_keeps", "_kernel", "_options", "_sizes", "_tail", "origin",
+        "_grid", "_interpreted", "_keeps", "_kernel", "_kinds", "_one_kind", "_options", "_sizes",
+        "_tail", "origin",
     )  # fmt: skip
     sink: ClassVar[Callable[[Launch, tuple[Any, ...]], None] | None] = (
         None  # takes launches that are not to be made
@@ -71,7 +76,8 @@ class Launch:
         keeps: bool = False,
         **meta: Any,
     ) -> None:
-        self.origin = _origin.get()
+        self.origin, self._one_kind = _origin.get()
+        self._kinds: tuple[Any, ...] | None = None  # of its first launch, if that is promised
         self._kernel = kernel
         self._interpreted = not isinstance(kernel, JITFunction)
         # With more warps a thread cannot have as many: they share a multiprocessor's registers.
@@ -100,17 +106,29 @@ class Launch:
                 self(*tensors)
             return
         addresses = 0
-        kinds: list[Any] = [self]
-        for t in tensors:
-            if t is None or t.__class__ is float:
-                kinds.append(None)
+        key: Any = self
+        try:
+            if self._one_kind:
+                for t in tensors:
+                    if t is not None and t.__class__ is not float:
+                        addresses |= t.data_ptr()
             else:
-                addresses |= t.data_ptr()
-                kinds.append(t.dtype)
+                kinds: list[Any] = [self]
+                for t in tensors:
+                    if t is None or t.__class__ is float:
+                        kinds.append(None)
+                    else:
+                        addresses |= t.data_ptr()
+                        kinds.append(t.dtype)
+                key = tuple(kinds)
+        except AttributeError:  # a number that is no float, as in momentum=1
+            known = (t is None or isinstance(t, torch.Tensor) for t in tensors)
+            self(*(t if k else float(t) for t, k in zip(tensors, known, strict=True)))
+            return
         if addresses % 16:
             self._by_triton(tensors)
             return
-        known, key = _compiled[device], tuple(kinds)
+        known = _compiled[device]
         start = known.get(key)
         if start is None:
             known[key] = self._starter(self._by_triton(tensors))
@@ -124,6 +142,11 @@ class Launch:
             return
         if "launch_cooperative_grid" in self._options:
             _refuse_one_after_another()
+        if self._one_kind:
+            kinds = _kinds(tensors)
+            self._kinds = self._kinds or kinds
+            if kinds != self._kinds:
+                raise RuntimeError(f"launch: made for {self._kinds}, got {kinds}")
         self._by_triton(tensors)
 
     def _starter(self, made: Any) -> Callable[[int, tuple[Any, ...]], None]:
@@ -149,7 +172,7 @@ class Launch:
     def compile(self, device: int, tensors: tuple[Any, ...]) -> bool:
         """Compile for tensors of these dtypes, aligned, and load it onto a device, the current one,
         without a launch; False if that is done already."""
-        key = (self, *(None if t is None or t.__class__ is float else t.dtype for t in tensors))
+        key = self if self._one_kind else (self, *_kinds(tensors))
         if key in _compiled[device] or self._interpreted:
             return False
         made = self._kernel.warmup(*tensors, *self._sizes, grid=self._grid, **self._all_options())
@@ -191,8 +214,13 @@ def _refuse_one_after_another() -> None:
         )
 
 
-# Device -> launch and dtypes -> the compiled kernel on its grid.
-_compiled: defaultdict[int, dict[tuple[Any, ...], Any]] = defaultdict(dict)
+def _kinds(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What the compiled kernel depends on, beside alignment."""
+    return tuple(None if t is None or t.__class__ is float else t.dtype for t in tensors)
+
+
+# Device -> launch and dtypes, or a launch of one kind -> what starts the compiled kernel.
+_compiled: defaultdict[int, dict[Any, Any]] = defaultdict(dict)
 
 
 def forget_compiled(device: int) -> None:
