@@ -184,18 +184,20 @@ def cases(quick: bool = False) -> list[CompileCase]:
         CompileCase(Call(large, target in ("sm_90", "gfx942"), **fused), "persistent", target)
         for target in GPUS
     ]
-    # As many values of a channel as a program may keep.
-    channels: list[tuple[tuple[int, ...], str, str, Direction]] = [
-        ((56, 240, 14, 14), "silu", "sm_90", "backward"),
-        ((64, 240, 14, 14), "silu", "sm_90", "backward"),
-        ((64, 240, 14, 14), "silu", "sm_100", "backward"),
-        ((2, 256, 32, 32, 28), "relu", "gfx942", "forward"),
+    # As many values as a program may keep, and as many as it may work on.
+    most: list[tuple[Call, str, str, Direction]] = [
+        (Call((56, 240, 14, 14), False, activation="silu"), "resident", "sm_90", "backward"),
+        (Call((64, 240, 14, 14), False, activation="silu"), "resident", "sm_90", "backward"),
+        (Call((64, 240, 14, 14), False, activation="silu"), "resident", "sm_100", "backward"),
+        (Call((2, 256, 32, 32, 28), False, activation="relu"), "resident", "gfx942", "forward"),
+        (Call((64, 2048, 7, 7), False, **fused), "resident", "sm_90", "forward"),
+        (Call((64, 96, 56, 56), False, activation="silu"), "persistent", "sm_100", "backward"),
+        (Call((64, 144, 56, 56), True, activation="silu"), "persistent", "sm_100", "backward"),
+        (Call((64, 240, 28, 28), True, activation="silu"), "persistent", "sm_90", "backward"),
     ]
     full = [
-        CompileCase(
-            Call(shape, False, activation=act), "resident", target, False, directions=(direction,)
-        )
-        for shape, act, target, direction in channels
+        CompileCase(call, algorithm, target, False, directions=(direction,))
+        for call, algorithm, target, direction in most
     ]
     every_one = [CompileCase(*each, target) for each in every for target in GPUS]
     return [

@@ -100,12 +100,15 @@ class Resident:
 
         With all of the registers, smooth activations spill: BN+gelu and BN+silu on 64 samples of
         2048 planes of 7 by 7, forward, in 16 bits, on sm_90. A mask has room beside: of BN+add+relu
-        on 32 samples it takes 8 registers a thread, and none spills on sm_80, sm_90 and sm_100.
+        on 32 samples it takes 8 registers a thread, and none spills on sm_80, sm_90 and sm_100. But
+        for forward on 64 samples on sm_100 (2).
         """
         flat = problem.flat
         if (block_c := next_power_of_2(width * problem.plane)) > WIDEST_ROW:
             return None
         share = 0.75 if problem.activity == "smooth" else 1.0
+        if problem.mask and problem.direction == "forward" and device.arch.startswith("sm_10"):
+            share = MOST_FILLED
         for warps, payload in PAYLOAD.items():
             threads = warps * device.warp
             payload = share * payload * 32 / device.warp  # all spills on gfx942 (BN+silu, 14x14)
