@@ -198,6 +198,13 @@ class Launch:
         return self.parts(driver.active.get_current_target().backend)[2]
 
 
+def current_stream(device: int) -> int:
+    """The stream of a GPU that launches go to. PyTorch's own function makes an object of it first,
+    which costs the host more than a launch."""
+    stream: int = driver.active.get_current_stream(device)
+    return stream
+
+
 # Of a thread. Asked for by name, as ptxas would rather spill a few registers to fit one more
 # program on a multiprocessor (BN+gelu, fp16 NCHW, sm_80 and sm_100).
 MOST_REGISTERS = 255

@@ -39,6 +39,7 @@ from .base import (
     registers_kept,
     x_strides,
 )
+from .launch import current_stream
 from .tiling import power_of_two_blocks
 
 # Warps of a program -> programs on a multiprocessor. At up to 255 registers a thread (256 on CDNA,
@@ -323,7 +324,7 @@ def _partial(config: Config, like: Tensor, quantities: int) -> Tensor:
     return like.new_empty((rounds, quantities, config.splits, config.at_once * config.block_c))
 
 
-_of_stream: dict[tuple[torch.device, int], Tensor] = {}
+_of_stream: dict[tuple[int, int], Tensor] = {}  # by device and stream
 
 
 def _semaphores(x: Tensor, config: Config) -> Tensor:
@@ -336,7 +337,8 @@ def _semaphores(x: Tensor, config: Config) -> Tensor:
     if not x.is_cuda or torch.cuda.is_current_stream_capturing():
         blocks = config.at_once * (1 + config.overlaps)
         return torch.zeros(blocks, dtype=torch.int32, device=x.device)
-    key = (x.device, torch.cuda.current_stream(x.device).cuda_stream)
+    device = x.get_device()
+    key = (device, current_stream(device))
     if key not in _of_stream:
         _of_stream[key] = torch.zeros(2 * MOST_BLOCKS, dtype=torch.int32, device=x.device)
     return _of_stream[key]
