@@ -83,7 +83,7 @@ ROOMS = (
         "kernels.*",
         ours=(
             *(*PURE_LEAVES, "kernels._*", "kernels.base", "kernels.*_base", "kernels.launch"),
-            *("kernels.tiling", "kernels.planes", "kernels.streaming"),
+            *("kernels.lasting", "kernels.tiling", "kernels.planes", "kernels.streaming"),
         ),
         theirs=("torch", "triton"),
         without=("os",),
@@ -134,7 +134,15 @@ ROOMS = (
     Room("norms.nn", ours=(*LEAVES, "functional")),
     Room("joined", ours=(*LEAVES, "nn")),
     Room("conv_nn", ours=("joined", "nn")),
-    Room("fold_ops", ours=(*LEAVES, "kernels.folding", "kernels.fold_configs", "plan", "recipe")),
+    Room(
+        "fold_ops",
+        ours=(
+            *LEAVES,
+            *(f"kernels.{n}" for n in ("folding", "fold_configs", "lasting")),
+            "plan",
+            "recipe",
+        ),
+    ),
     Room("frozen", ours=(*LEAVES, "nn", "fold_ops", "kernels.folding")),
     Room("freeze", ours=(*LEAVES, "frozen", "joined", "fold.pairing")),
     Room("flow*", ours=("flow.guard",)),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 from zlib import crc32
 
 import pytest
@@ -127,7 +126,7 @@ def test_any_order_gives_the_same_bits() -> None:
 def test_semaphores_need_no_reset(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a launch leaves, whatever its splits, serves the next one on the stream."""
     used = torch.zeros(8, dtype=torch.int32)
-    monkeypatch.setattr(persistent, "_semaphores", lambda x, blocks: used)
+    monkeypatch.setattr(persistent._semaphores, "of", lambda x, count: used)
     call = CALLS[1]
     x = call.tensors(generator=torch.Generator().manual_seed(0))
     seen = set()
@@ -138,31 +137,6 @@ def test_semaphores_need_no_reset(monkeypatch: pytest.MonkeyPatch) -> None:
         assert set(used.tolist()) <= {0, -(2**31)}
         seen |= set(used.tolist())
     assert seen == {0, -(2**31)}  # an odd number of meetings leaves the top bit
-
-
-def test_launches_that_may_overlap_have_semaphores_of_their_own(monkeypatch) -> None:
-    """Those of a GPU and stream, which stay; of a captured graph, new ones."""
-    here, capturing = [1, 7], [False]
-    monkeypatch.setattr(persistent, "_of_stream", {})
-    monkeypatch.setattr(persistent, "current_stream", lambda device: here[1])
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
-    cpu = torch.device("cpu")
-    x = SimpleNamespace(is_cuda=True, device=cpu, get_device=lambda: here[0])
-
-    def found() -> torch.Tensor:
-        return persistent._semaphores(x, Config(1, 1, 8, at_once=1000))
-
-    first = found()
-    assert found() is first and first.numel() >= 2000 and not first.any()
-    here[1] = 8
-    second = found()
-    assert second is not first
-    here[:] = [2, 7]
-    assert found() is not first and found() is not second
-    capturing[0] = True
-    assert found() is not found() and found().numel() == 2000
-    here[:], capturing[0] = [1, 7], False
-    assert found() is first
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -14,6 +14,7 @@ from .device import Device
 from .folding import Folded, Source
 from .kernels.fold_configs import problem_of
 from .kernels.folding import Batch, affine_dtype, arrange
+from .kernels.lasting import lasting
 from .plan import forced, on_change
 from .recipe import decided
 
@@ -68,8 +69,13 @@ def _grad_table(grads: Sequence[Tensor | None], device: torch.device) -> Tensor:
     return _remembered(
         _addresses,
         (device, found),
-        lambda: torch.tensor(found, dtype=torch.int64).reshape(2, -1).t().contiguous().to(device),
+        lambda: lasting(device, lambda: _pairs(found).to(device)),
     )
+
+
+def _pairs(addresses: tuple[int, ...]) -> Tensor:
+    """``[pairs, 2]`` of those of all weights, then of all biases."""
+    return torch.tensor(addresses, dtype=torch.int64).reshape(2, -1).t().contiguous()
 
 
 def _gathered(grads: Sequence[Tensor | None], batch: Batch, like: Tensor) -> tuple[Tensor, Tensor]:

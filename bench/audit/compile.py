@@ -131,8 +131,7 @@ def cases(quick: bool = False) -> list[CompileCase]:
     First every algorithm in every configuration for every target, with an epilogue that keeps many
     values alive. Then, in the formula's configuration, other epilogues, dtypes and sizes; these
     take turns with the targets, two each, and the sizes are disassembled, as is all of it for the
-    H200, whose instructions are counted. ``quick``: one layer of
-    ResNet-50 for every algorithm, in the formula's configuration.
+    H200, whose instructions are counted. ``quick``: a layer of ResNet-50 for every algorithm.
     """
     large, small = (32, 256, 56, 56), (8, 512, 7, 7)
     fused: dict[str, Any] = {"activation": "relu", "residual": True}
@@ -195,10 +194,7 @@ def cases(quick: bool = False) -> list[CompileCase]:
         (Call((64, 144, 56, 56), True, activation="silu"), "persistent", "sm_100", "backward"),
         (Call((64, 240, 28, 28), True, activation="silu"), "persistent", "sm_90", "backward"),
     ]
-    full = [
-        CompileCase(call, algorithm, target, False, directions=(direction,))
-        for call, algorithm, target, direction in most
-    ]
+    full = [CompileCase(c, name, target, False, directions=(d,)) for c, name, target, d in most]
     every_one = [CompileCase(*each, target) for each in every for target in GPUS]
     return [
         *every_one,

@@ -79,15 +79,44 @@ def test_replay_of_inference() -> None:
     assert bn.num_batches_tracked.item() == 0
 
 
-def test_no_host_synchronization() -> None:
+def test_no_host_synchronization(no_waiting) -> None:
     """Neither forward nor backward waits for the GPU, with momentum None either."""
     bn = module(None, activation="gelu")
     x = batch(0).requires_grad_()
     bn(x).sum().backward()
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         bn(x).sum().backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert bn.num_batches_tracked.item() == 2
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("algorithm", ["split", "resident", "persistent"])
+def test_graphs_of_the_compiler(algorithm: str) -> None:
+    """It first runs a step in the memory of a graph to come, and nothing of that may stay there."""
+    torch._dynamo.reset()
+    bn, eager = (module(0.1, activation="relu") for _ in range(2))
+    compiled = torch.compile(bn, mode="reduce-overhead")
+    with force_plan(algorithm):
+        for seed in range(4):
+            torch.compiler.cudagraph_mark_step_begin()
+            x, own = batch(seed).requires_grad_(), batch(seed).requires_grad_()
+            y, expected = compiled(x), eager(own)
+            y.square().sum().backward()
+            expected.square().sum().backward()
+            torch.testing.assert_close(y, expected)
+            torch.testing.assert_close(x.grad, own.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(bn.running_var, eager.running_var)
+
+
+def test_a_captured_launch_is_all_there_is() -> None:
+    """Forward and backward are one node each: programs that meet need nothing set to zero."""
+    bn, x = module(0.1, activation="relu"), batch(0)
+    with force_plan("persistent"), torch.no_grad():
+        bn(x)
+        graph = torch.cuda.CUDAGraph(keep_graph=True)
+        with torch.cuda.graph(graph):
+            bn(x)
+        cudart = pytest.importorskip("cuda.bindings.runtime")
+        error, nodes, count = cudart.cudaGraphGetNodes(graph.raw_cuda_graph(), 16)
+    assert int(error) == 0 and count == 1, nodes

@@ -71,17 +71,14 @@ def test_eager_and_captured_steps(group: str, momentum: float | None) -> None:
         torch.testing.assert_close(ours.running_var, plain.running_var)
 
 
-def test_no_host_synchronization(group: str) -> None:
+def test_no_host_synchronization(group: str, no_waiting) -> None:
     bn, _ = modules(None)
     x, residual = (torch.randn(SHAPE, device="cuda", requires_grad=True) for _ in range(2))
     step = call(bn, group)
     step(x, residual).sum().backward()
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         step(x, residual).sum().backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.filterwarnings("ignore")

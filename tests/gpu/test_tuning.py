@@ -58,6 +58,21 @@ def test_a_session(cache: UserCache) -> None:
     assert len(cache.entries()) == 2
 
 
+def test_warmup_keeps_nothing_without_values() -> None:
+    """Programs that meet have semaphores; those of a rehearsal have no memory."""
+    bn = tritonnorm.BatchNorm2d(256, activation="relu", device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(64, 256, 28, 28, device="cuda", dtype=torch.bfloat16)
+    x = x.to(memory_format=torch.channels_last).requires_grad_()
+    plans = {entry.plan.algorithm for entry in tritonnorm.explain(bn, x)}
+    assert plans == {"persistent"}
+    tritonnorm.warmup(bn, x)
+    y = bn(x)
+    y.sum().backward()
+    torch.cuda.synchronize()
+    expected = torch.relu(torch.nn.functional.batch_norm(x.float(), None, None, training=True))
+    torch.testing.assert_close(y.float(), expected, rtol=2e-2, atol=2e-2)
+
+
 def test_warmup_leaves_nothing_to_compile() -> None:
     model = torch.nn.Sequential(
         torch.nn.Conv2d(3, 24, 3), tritonnorm.BatchNorm2d(24, activation="relu")

@@ -45,7 +45,7 @@ def _moments_of_block(
         raw = tl.load(x_ptr + (n0 * x_n + p0 * x_p) + x_lane, mask=valid, other=0.0,
             eviction_policy=ONCE)  # fmt: skip
         xs = xs + (raw,)
-    tile.all_on_their_way(N + C + P)
+    tile.all_on_their_way(N | C | P)
     for k in tl.static_range(KEPT):
         n0, p0 = tile.chunk_origin(kept_from + k, P, BLOCK_N, BLOCK_P, CHANNELS_LAST)
         there = tile.valid_columns(lane_n, lane_p, n0, p0, N, P)
@@ -63,7 +63,7 @@ def _moments_of_block(
         count += tile.chunk_size(n0, p0, N, P, BLOCK_N, BLOCK_P).to(ACC)
     count *= PLANE
     total = tile.over_plane(tl.sum(sums, 1), PLANE, WIDTH)
-    square = tl.sum(moments.settled(squares, N + C + P > 0), 1)
+    square = tl.sum(moments.settled(squares, (N | C | P) > 0), 1)
     square = tile.over_plane(square, PLANE, WIDTH)
     m2 = moments.centred(total, square, count)
     plane = SPLITS * slots * BLOCK_C

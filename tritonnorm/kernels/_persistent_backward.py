@@ -72,7 +72,7 @@ def _sums_of_block(
         xs = xs + (raw,)
         dys = dys + (dy,)
         more = more + (other,)
-    tile.all_on_their_way(N + C + P)
+    tile.all_on_their_way(N | C | P)
     for k in tl.static_range(KEPT):
         n0, p0 = tile.chunk_origin(kept_from + k, P, BLOCK_N, BLOCK_P, CHANNELS_LAST)
         valid = tile.valid_lanes(c, end, lane_n, lane_p, n0, p0, N, P)

@@ -72,7 +72,7 @@ def forward_kernel(
             body.load_residual(residual_ptr, xs[chunk], dense, lane, valid, ""),
         )
     if VEC > 1:  # many loads of single elements are on their way in any order
-        tile.all_on_their_way(N + C + P)
+        tile.all_on_their_way(N | C | P)
     one = tl.full([BLOCK_C], 1.0, ACC)
     scale, shift = epilogue.affine_parameters(at, channels, one, weight_ptr, bias_ptr)
     leak = None
@@ -90,7 +90,7 @@ def forward_kernel(
         sums, squares = moments.add_tile(sums, squares, xs[chunk].to(ACC), pivot[:, None], there)
     total = tile.over_plane(tl.sum(sums, 1), PLANE, WIDTH)
     if CHUNKS == 1:  # else they are sums of products already
-        squares = moments.settled(squares, N + C + P > 0)
+        squares = moments.settled(squares, (N | C | P) > 0)
     m2 = moments.centred(total, tile.over_plane(tl.sum(squares, 1), PLANE, WIDTH), count)
     mean = pivot + total / count
     rstd = 1.0 / tl.sqrt(m2 / count + tl.full([], eps, ACC))
@@ -175,7 +175,7 @@ def backward_kernel(
         )  # fmt: skip
         dys = dys + (dy,)
         more = more + (other,)
-    tile.all_on_their_way(N + C + P)
+    tile.all_on_their_way(N | C | P)
     mean = tl.load(mean_ptr + at, mask=at < channels, other=0.0)
     rstd = tl.load(rstd_ptr + at, mask=at < channels, other=0.0)
     scale, shift = epilogue.affine_parameters(at, channels, rstd, weight_ptr, bias_ptr)

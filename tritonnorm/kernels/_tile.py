@@ -65,9 +65,9 @@ def chunk_origin(
 ):
     """First sample and first position of a chunk."""
     if CHANNELS_LAST:  # one sample: no division
-        return chunk * 0, chunk * BLOCK_P
+        return chunk * 0, (chunk + P * 0) * BLOCK_P  # int64 where P is, beyond 2^31 positions
     else:
-        per_sample = tl.cdiv(P, BLOCK_P)
+        per_sample = (P - 1) // BLOCK_P + 1  # `cdiv` would pass 2^31 first
         return (chunk // per_sample) * BLOCK_N, (chunk % per_sample) * BLOCK_P
 
 

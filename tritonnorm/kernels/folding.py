@@ -21,6 +21,7 @@ from tritonnorm.folding import Source
 
 from . import _moments as moments
 from .base import Config, Launch, cdiv
+from .lasting import lasting
 
 # Columns of the table. The first six are addresses, 0 for a tensor that is None.
 COLUMNS = ("w", "bias", "mean", "var", "gamma", "beta", "w_at", "b_at", "c_at", "c", "j", "i", "k")
@@ -73,10 +74,13 @@ class Batch:
             work += [n] * cdiv(c, tiles[kind][0])
         first = sources[0]
         device = first.weight.device
+
+        def tables() -> tuple[Tensor, Tensor]:
+            table = torch.tensor(rows, dtype=torch.int64).to(device)
+            return table, torch.tensor(work, dtype=torch.int32).to(device)
+
         return cls(
-            torch.tensor(rows, dtype=torch.int64).to(device),
-            torch.tensor(work, dtype=torch.int32).to(device),
-            places, weights, channels,
+            *lasting(device, tables), places, weights, channels,
             (first.weight.dtype, affine_dtype(sources), first.mean.dtype), config,
         )  # fmt: skip
 

@@ -6,7 +6,8 @@ import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any, ClassVar
+from threading import get_ident
+from typing import Any
 
 import torch
 from triton import knobs
@@ -32,12 +33,24 @@ def made_for(origin: Any, one_kind: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def launches_to(sink: Callable[[Launch, tuple[Any, ...]], None]) -> Iterator[None]:
-    """Within the context launches, with their tensors, go to ``sink`` and are not made."""
-    before, Launch.sink = Launch.sink, sink
+    """Within the context launches of this thread, with their tensors, go to ``sink`` and are not
+    made."""
+    before = _sinks.get(get_ident())
+    _sinks[get_ident()] = sink
     try:
         yield
     finally:
-        Launch.sink = before
+        del _sinks[get_ident()]
+        if before is not None:
+            _sinks[get_ident()] = before
+
+
+def is_rehearsing() -> bool:
+    """Whether the launches of this thread are not made."""
+    return bool(_sinks) and get_ident() in _sinks
+
+
+_sinks: dict[int, Callable[[Launch, tuple[Any, ...]], None]] = {}  # by thread
 
 
 class Launch:
@@ -62,9 +75,6 @@ class Launch:
         "_grid", "_interpreted", "_keeps", "_kernel", "_kinds", "_one_kind", "_options", "_sizes",
         "_tail", "origin",
     )  # fmt: skip
-    sink: ClassVar[Callable[[Launch, tuple[Any, ...]], None] | None] = (
-        None  # takes launches that are not to be made
-    )
 
     def __init__(
         self,
@@ -96,8 +106,7 @@ class Launch:
         are fixed, and what is compiled depends only on the dtypes of the tensors, if all of them
         are aligned to 16 bytes.
         """
-        if Launch.sink is not None or self._interpreted:
-            self._elsewhere(tensors)
+        if (_sinks or self._interpreted) and self._elsewhere(tensors):
             return
         device = driver.active.get_current_device()
         own = tensors[0].get_device()
@@ -135,11 +144,14 @@ class Launch:
         else:
             start(driver.active.get_current_stream(device), tensors)
 
-    def _elsewhere(self, tensors: tuple[Any, ...]) -> None:
-        """To the sink, or to the interpreter."""
-        if Launch.sink is not None:
-            Launch.sink(self, tensors)
-            return
+    def _elsewhere(self, tensors: tuple[Any, ...]) -> bool:
+        """To the sink of this thread, or to the interpreter; False if neither takes it."""
+        sink = _sinks.get(get_ident())
+        if sink is not None:
+            sink(self, tensors)
+            return True
+        if not self._interpreted:
+            return False
         if "launch_cooperative_grid" in self._options:
             _refuse_one_after_another()
         if self._one_kind:
@@ -148,6 +160,7 @@ class Launch:
             if kinds != self._kinds:
                 raise RuntimeError(f"launch: made for {self._kinds}, got {kinds}")
         self._by_triton(tensors)
+        return True
 
     def _starter(self, made: Any) -> Callable[[int, tuple[Any, ...]], None]:
         """What starts the compiled kernel on a stream.
@@ -196,13 +209,6 @@ class Launch:
         if self._interpreted:  # it has no target
             return self._options
         return self.parts(driver.active.get_current_target().backend)[2]
-
-
-def current_stream(device: int) -> int:
-    """The stream of a GPU that launches go to. PyTorch's own function makes an object of it first,
-    which costs the host more than a launch."""
-    stream: int = driver.active.get_current_stream(device)
-    return stream
 
 
 # Of a thread. Asked for by name, as ptxas would rather spill a few registers to fit one more

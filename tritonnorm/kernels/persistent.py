@@ -15,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tritonnorm.device import Device
@@ -39,7 +38,7 @@ from .base import (
     registers_kept,
     x_strides,
 )
-from .launch import current_stream
+from .lasting import Semaphores
 from .tiling import power_of_two_blocks
 
 # Warps of a program -> programs on a multiprocessor. At up to 255 registers a thread (256 on CDNA,
@@ -66,7 +65,8 @@ MEETING_SECONDS = 3e-6
 # What of it is left for a program that waits for no other, as it goes on with the next group first:
 # the trips to memory between its loops. An estimate, too.
 BETWEEN_LOOPS_SECONDS = 1.5e-6
-MOST_BLOCKS = 1024  # channel blocks at once: semaphores of a stream
+MOST_BLOCKS = Semaphores.MOST // 2  # channel blocks at once; those of two groups may overlap
+_semaphores = Semaphores()
 
 
 class Persistent:
@@ -264,8 +264,7 @@ class Persistent:
         def run(a: ForwardArguments) -> None:
             assert a.mean is not None
             launches[advance_counter(a)](
-                *(a.x, a.y, a.residual, a.mask),
-                *(_partial(config, a.mean, 4), _semaphores(a.x, config)),
+                *(a.x, a.y, a.residual, a.mask, *_shared(config, a.x, a.mean, 4)),
                 *(a.mean, a.rstd, a.weight, a.bias, a.slope),
                 *(a.running_mean, a.running_var, a.counter),
                 *(a.eps, 0.0 if a.momentum is None else a.momentum),
@@ -285,8 +284,8 @@ class Persistent:
         def run(a: BackwardArguments) -> None:
             launch(
                 *(a.dy, a.x, a.residual, a.mask, a.dx, a.dresidual),
-                *(_partial(config, a.rstd, 2 if a.dslope is None else 3),),
-                *(_semaphores(a.x, config), a.mean, a.rstd, a.weight, a.bias, a.slope),
+                *_shared(config, a.x, a.rstd, 2 if a.dslope is None else 3),
+                *(a.mean, a.rstd, a.weight, a.bias, a.slope),
                 *(a.dweight, a.dbias, a.dslope),
             )
 
@@ -318,27 +317,8 @@ class Persistent:
         )
 
 
-def _partial(config: Config, like: Tensor, quantities: int) -> Tensor:
-    """Workspace for what the programs tell each other, in rounds."""
+def _shared(config: Config, x: Tensor, like: Tensor, quantities: int) -> tuple[Tensor, Tensor]:
+    """Workspace for what the programs tell each other, in rounds, and where they meet."""
     rounds = 4 if config.overlaps else 2
-    return like.new_empty((rounds, quantities, config.splits, config.at_once * config.block_c))
-
-
-_of_stream: dict[tuple[int, int], Tensor] = {}  # by device and stream
-
-
-def _semaphores(x: Tensor, config: Config) -> Tensor:
-    """Zeros, or what earlier launches left there, which is as good (see `_barrier`).
-
-    Two launches that run at the same time must not share them. Launches on one stream follow each
-    other, so each stream has its own. A captured graph may be replayed on any stream: it has its
-    own, part of its memory, which it sets to zero at every replay.
-    """
-    if not x.is_cuda or torch.cuda.is_current_stream_capturing():
-        blocks = config.at_once * (1 + config.overlaps)
-        return torch.zeros(blocks, dtype=torch.int32, device=x.device)
-    device = x.get_device()
-    key = (device, current_stream(device))
-    if key not in _of_stream:
-        _of_stream[key] = torch.zeros(2 * MOST_BLOCKS, dtype=torch.int32, device=x.device)
-    return _of_stream[key]
+    partial = (rounds, quantities, config.splits, config.at_once * config.block_c)
+    return like.new_empty(partial), _semaphores.of(x, config.at_once * (1 + config.overlaps))
