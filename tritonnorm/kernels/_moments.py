@@ -34,6 +34,13 @@ def settled(v, some):
 
 
 @triton.jit
+def exist(N, C, P):
+    """What `settled` asks for: sizes are positive, and so are their bits together. A sum of them
+    may pass 2^31."""
+    return (N | C | P) > 0
+
+
+@triton.jit
 def mean_of(x, valid, size):
     """The mean of each row of a tile.
 

@@ -63,7 +63,7 @@ def _moments_of_block(
         count += tile.chunk_size(n0, p0, N, P, BLOCK_N, BLOCK_P).to(ACC)
     count *= PLANE
     total = tile.over_plane(tl.sum(sums, 1), PLANE, WIDTH)
-    square = tl.sum(moments.settled(squares, (N | C | P) > 0), 1)
+    square = tl.sum(moments.settled(squares, moments.exist(N, C, P)), 1)
     square = tile.over_plane(square, PLANE, WIDTH)
     m2 = moments.centred(total, square, count)
     plane = SPLITS * slots * BLOCK_C

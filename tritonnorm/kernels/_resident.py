@@ -90,7 +90,7 @@ def forward_kernel(
         sums, squares = moments.add_tile(sums, squares, xs[chunk].to(ACC), pivot[:, None], there)
     total = tile.over_plane(tl.sum(sums, 1), PLANE, WIDTH)
     if CHUNKS == 1:  # else they are sums of products already
-        squares = moments.settled(squares, (N | C | P) > 0)
+        squares = moments.settled(squares, moments.exist(N, C, P))
     m2 = moments.centred(total, tile.over_plane(tl.sum(squares, 1), PLANE, WIDTH), count)
     mean = pivot + total / count
     rstd = 1.0 / tl.sqrt(m2 / count + tl.full([], eps, ACC))

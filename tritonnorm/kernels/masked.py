@@ -78,7 +78,7 @@ def masked_moments_kernel(
                     pivot = moments.pivot(x, kept[None, :], some.to(ACC))
                 sums, squares = moments.add_tile(sums, squares, x, pivot[:, None], kept[None, :])
                 size += some.to(ACC)
-        square = tl.sum(moments.settled(squares, (N | C | P) > 0), 1)
+        square = tl.sum(moments.settled(squares, moments.exist(N, C, P)), 1)
         count, base, total, m2 = moments.merge_run(
             count, base, total, m2, size, pivot, tl.sum(sums, 1), square
         )

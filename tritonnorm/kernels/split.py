@@ -90,7 +90,7 @@ def moments_kernel(
             there = tile.valid_columns(lane_n, lane_p, n0, p0, N, P)
             sums, squares = moments.add_tile(sums, squares, x, pivot[:, None], there)
             size += tile.chunk_size(n0, p0, N, P, BLOCK_N, BLOCK_P).to(ACC)
-        square = tl.sum(moments.settled(squares, (N | C | P) > 0), 1)
+        square = tl.sum(moments.settled(squares, moments.exist(N, C, P)), 1)
         count, base, total, m2 = moments.merge_run(
             count, base, total, m2, size, pivot, tl.sum(sums, 1), square
         )
