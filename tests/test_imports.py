@@ -104,7 +104,10 @@ ROOMS = (
         ours=(*BELOW_OPS, "observe", "timing", *FOR_TRIALS, "tune.*"),
         theirs=("torch", "triton"),
     ),
-    Room("plan", ours=(*LEAVES, *KERNELS, "tune.key", "tune.store", "tune.standing")),
+    Room(
+        "plan",
+        ours=(*LEAVES, *KERNELS, *(f"tune.{n}" for n in ("agree", "key", "store", "standing"))),
+    ),
     Room(
         "recipe",
         ours=(*LEAVES, *KERNELS, "plan", "tune.key", "tune.standing", "tune.online"),

@@ -23,6 +23,8 @@ class Device:
         warp: threads of a warp (wavefront).
         bus_bits: width of the memory bus, 0 if unknown.
         memory_khz: highest clock of the memory, as the driver tells it, 0 if unknown.
+        held: multiprocessors that kernels of other streams may hold for long, as those of
+            collectives do. Programs that wait for each other leave them free.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Device:
     warp: int = 32
     bus_bits: int = 0
     memory_khz: int = 0
+    held: int = 0
 
     def __post_init__(self) -> None:
         facts = (self.name, *self.identity.values(), self.bandwidth, self.warp)

@@ -14,7 +14,7 @@ from .kernels import algorithms_for
 from .kernels.base import Config
 from .norms.problem import GroupProblem
 from .observe import observe
-from .plan import Forced, Plan, choose, fewest_bytes, forced, tuned
+from .plan import Forced, Plan, choose, fewest_bytes, forced, in_company, tuned
 from .problem import Problem
 
 __all__ = ["Alternative", "Explanation", "Explanations", "explain"]
@@ -122,7 +122,8 @@ def explain(what: Any, x: Any = None, forced_by: Forced | None = None) -> Any:
 
 
 def _explain(problem: Any, device: Device, forced_by: Forced | None) -> Explanation:
-    chosen = choose(problem, device, tuned(device), forced_by or forced())
+    tables, device = tuned(device), in_company(device)
+    chosen = choose(problem, device, tables, forced_by or forced())
     rows = []
     for algorithm in algorithms_for(problem):
         reason = algorithm.supports(problem, device)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +22,7 @@ from .kernels import BY_NAME, FOLDS, algorithms_for
 from .kernels.base import Algorithm, Config
 from .norms.problem import GroupProblem, minimum_group_bytes
 from .problem import Problem, minimum_bytes
+from .tune import agree
 from .tune.key import Key, Shape
 from .tune.standing import SEEN, on_change
 from .tune.standing import standing as tuned
@@ -35,6 +36,7 @@ __all__ = [
     "choose",
     "force_plan",
     "forced",
+    "in_company",
     "on_change",
     "plan",
     "tuned",
@@ -175,7 +177,7 @@ def plan(problem: Shape, device: Device, by_hand: Forced | None = None) -> Plan:
     """
     tables = tuned(device)
     by_hand = by_hand or forced()
-    chosen = choose(problem, device, tables, by_hand)
+    chosen = choose(problem, in_company(device), tables, by_hand)
     if by_hand is None and tables and chosen.source not in ("forced", *SEEN):
         if (file := settings.record_file()) is not None:
             append_line(file, Key.of(problem).to_json())
@@ -183,6 +185,19 @@ def plan(problem: Shape, device: Device, by_hand: Forced | None = None) -> Plan:
             raise Untuned(_missing(Key.of(problem), tables[-1]))
         settings.logger.debug("%s: no tuned result, %s", Key.of(problem), chosen.source)
     return chosen
+
+
+def in_company(device: Device) -> Device:
+    """The device as this process finds it: where gradients are reduced while others are computed,
+    collectives hold some of it."""
+    if not agree.has_collectives():
+        return device
+    return replace(device, held=min(HELD, device.sms // 4))
+
+
+# NCCL has a program per channel, which fills most of a multiprocessor, and waits there for other
+# ranks. An estimate of its channels, to be measured; at most a quarter, for small parts of a GPU.
+HELD = 32
 
 
 def fewest_bytes(problem: Problem | GroupProblem) -> int:

@@ -84,7 +84,7 @@ class Persistent:
         if not (widths := planes.row_widths(problem)):
             return "elements are loaded one by one, which a pipeline cannot do, or not fast enough"
         seen, width = widths[0]
-        if device.sms < 2 or self._tiling(seen, device, width, 8).chunks(seen) < 2:
+        if device.sms - device.held < 2 or self._tiling(seen, device, width, 8).chunks(seen) < 2:
             return "a channel block has one chunk only"
         return None
 
@@ -99,7 +99,7 @@ class Persistent:
         ):
             tiling = self._tiling(seen, device, width, warps)
             blocks, chunks = planes.blocks_of(problem, tiling), tiling.chunks(seen)
-            programs, at_once = device.sms * each, 1
+            programs, at_once = (device.sms - device.held) * each, 1
             while at_once < 2 * blocks and at_once <= min(programs // 2, MOST_BLOCKS):
                 sets = min(at_once, blocks)
                 readable = MEETING_VALUES * warps // max(8, tiling.block_c)
@@ -150,6 +150,8 @@ class Persistent:
         each = WARPS.get(config.num_warps, 1)
         programs = config.at_once * config.splits
         moved = self.dram_bytes(problem, config, device)
+        if device.held:  # the rest is enough for the bandwidth, with more on its way in each
+            programs = programs * device.sms // (device.sms - device.held)
         seconds = predicted_seconds(device, moved, programs, 1, programs_per_sm=each)
         if config.overlaps:  # the programs of a multiprocessor part, and one covers the other
             return seconds + MEETING_SECONDS + BETWEEN_LOOPS_SECONDS * (groups - 1) / each

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from tritonnorm import settings
 
-__all__ = ["Phase", "agreed", "phase"]
+__all__ = ["Phase", "agreed", "has_collectives", "phase"]
 
 Phase = Literal["alone", "before", "job"]
 PLACE = "tritonnorm/tuned_results"
@@ -34,6 +34,12 @@ def phase() -> Phase:
         return "job" if dist.get_world_size() > 1 else "alone"
     size = os.environ.get("WORLD_SIZE", "1")
     return "before" if size.isdecimal() and int(size) > 1 else "alone"
+
+
+def has_collectives() -> bool:
+    """Whether kernels of NCCL (RCCL on AMD) may run beside others, with gradients of a job."""
+    now = phase()
+    return now == "before" or (now == "job" and "nccl" in str(dist.get_backend_config()))
 
 
 def agreed(mine: Callable[[], dict[str, Any]], wait: datetime.timedelta = WAIT) -> dict[str, Any]:
