@@ -146,6 +146,7 @@ def recipe(
     found = Recipe(run, chosen, problem, dense, copies)
     if known is not None:
         if len(of_kinds) >= MOST:
+            recipe.cache_clear()
             of_kinds.clear()
         of_kinds[known] = found
     return found
