@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+import tritonnorm
 from bench.call import Call
 from tests import matrix
 from tests.cases import Case
 from tritonnorm.device import Device
 from tritonnorm.kernels import BY_NAME
 from tritonnorm.plan import force_plan
+from tritonnorm.tune import agree, standing
 
 LAYERS = [
     Case(shape, layout, dtype, torch.float32, activation=activation, residual=residual)
@@ -69,3 +71,26 @@ def test_two_streams_at_once() -> None:
                     )
     torch.cuda.synchronize()
     assert all(torch.equal(y, expected["y"]) for y in found)
+
+
+def test_in_a_job_a_launch_does_not_wait_for_company(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel of another stream holds a multiprocessor for half a second, as a collective may."""
+    monkeypatch.setattr(agree, "has_collectives", lambda: True)
+    standing.reload()  # plans are made anew
+    try:
+        bn = tritonnorm.BatchNorm2d(256, activation="relu", device="cuda")
+        x = torch.randn(64, 256, 56, 56, device="cuda", dtype=torch.bfloat16)
+        x = x.to(memory_format=torch.channels_last).requires_grad_()
+        assert {e.plan.algorithm for e in tritonnorm.explain(bn, x)} == {"persistent"}
+        bn(x).sum().backward()  # compiles
+        torch.cuda.synchronize()
+        other = torch.cuda.Stream()
+        with torch.cuda.stream(other):
+            torch.cuda._sleep(1_000_000_000)  # cycles
+        bn(x).sum().backward()
+        torch.cuda.current_stream().synchronize()
+        assert not other.query()
+    finally:
+        torch.cuda.synchronize()
+        monkeypatch.undo()
+        standing.reload()
