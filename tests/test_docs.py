@@ -16,7 +16,7 @@ DOCS = ROOT / "docs"
 VARIABLE = re.compile(r"\bTRITONNORM_[A-Z0-9_]+\b")
 SOURCES = sorted((ROOT / "tritonnorm").rglob("*.py"))
 
-SOFT_LIMIT, HARD_LIMIT, PACKAGE_BUDGET = 350, 500, 25600
+SOFT_LIMIT, HARD_LIMIT, PACKAGE_BUDGET = 350, 500, 25700
 # Files over the soft limit, each with the reason why it is still one room.
 LONG: dict[str, str] = {}
 
