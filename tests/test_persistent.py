@@ -113,6 +113,23 @@ def test_bytes(call: Call, which: int) -> None:
         assert (row.counted == row.minimum) == (which == 2), row
 
 
+@pytest.mark.parametrize("act", ["silu", "relu"])
+@pytest.mark.parametrize(
+    ("shape", "channels_last"),
+    [((64, 96, 56, 56), False), ((30, 64, 16, 24), False), ((64, 240, 28, 28), True)],
+)
+def test_no_program_is_without_chunks(monkeypatch, shape, channels_last, act: str) -> None:
+    """It would read what lies behind the tensor where everything else exists."""
+    monkeypatch.undo()  # tiles of the usual size
+    for direction in DIRECTIONS:
+        problem = Call(shape, channels_last, activation=act).problem(direction)
+        for device in KNOWN.values():
+            for config in PERSISTENT.configs(problem, device):
+                chunks = config.chunks(seen_as(problem, config))
+                own = -(-chunks // config.splits)
+                assert -(-chunks // own) == config.splits, (device.name, config, chunks)
+
+
 def test_any_order_gives_the_same_bits() -> None:
     data = matrix.build(CASES[1])
     found = []

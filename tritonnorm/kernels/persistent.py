@@ -247,7 +247,10 @@ class Persistent:
         block_p = config.block_p
         if problem.direction == "backward" and problem.activity == "smooth":
             block_p = min(block_p, max(1, block_p * TILE * config.num_warps // (2 * config.tile)))
-        return replace(config, block_p=block_p, kept=0, evict_first=True)
+        config = replace(config, block_p=block_p, kept=0, evict_first=True)
+        chunks = config.chunks(planes.seen_as(problem, config))
+        # Half of a block may lie beyond the last position: fewer than twice as many chunks.
+        return replace(config, splits=cdiv(chunks, cdiv(chunks, config.splits)))
 
     def _cached(self, problem: Problem, config: Config, device: Device) -> bool:
         """Whether all that is read twice is still near the second time."""
