@@ -3,9 +3,13 @@ nothing that they look at has changed."""
 
 from __future__ import annotations
 
+import contextlib
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tritonnorm
@@ -189,3 +193,60 @@ def test_a_launch_of_one_kind_refuses_another() -> None:
     for other in (None, weight.double()):
         with pytest.raises(RuntimeError, match="launch: made for"):
             ops.training(True)(*given[:2], other, *given[3:])
+
+
+@pytest.mark.parametrize("number", [1, True, np.float32(0.25), np.float64(0.25)], ids=repr)
+def test_numbers_of_all_kinds(number) -> None:
+    """For every kind of number the same launch, which got a float before."""
+    x = torch.randn(3, 4, 5, 5)
+    for given in (float(number), number):
+        ours = tritonnorm.BatchNorm2d(4, momentum=given, eps=given)
+        theirs = torch.nn.BatchNorm2d(4, momentum=float(number), eps=float(number))
+        torch.testing.assert_close(ours(x), theirs(x))
+        torch.testing.assert_close(ours.running_var, theirs.running_var)
+
+
+def test_parameters_that_are_cast_before_the_backward() -> None:
+    x, dy = (torch.randn(3, 4, 5, 5, dtype=torch.bfloat16) for _ in range(2))
+    grads = []
+    for cast in (False, True):
+        bn, own = tritonnorm.BatchNorm2d(4, activation="relu"), x.clone().requires_grad_()
+        bn(own.detach()).sum().backward()  # a kind whose parameters stay
+        bn.zero_grad()
+        y = bn(own)
+        if cast:
+            bn.bfloat16()
+        y.backward(dy)
+        grads.append((own.grad, bn.weight.grad.float(), bn.bias.grad.float()))
+    for plain, after in zip(*grads, strict=True):
+        torch.testing.assert_close(plain, after, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "gelu", None])
+@pytest.mark.parametrize("layout", ["last", "first", "expanded", "crop"])
+def test_hooks_that_give_back_other_tensors(narrow: bool, activation, layout: str) -> None:
+    """In another memory order, as `save_on_cpu(pin_memory=True)` does, or in fewer bits."""
+    x = torch.randn(3, 4, 6, 6)
+    if layout == "last":
+        x = x.to(memory_format=torch.channels_last)
+    x = x[:1].expand(3, 4, 6, 6) if layout == "expanded" else x
+    x = x[:, :, 1:, :5] if layout == "crop" else x
+    residual, dy = torch.randn_like(x), torch.randn_like(x)
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        kept = torch.empty(t.size(), dtype=torch.bfloat16 if narrow and t.dim() == 4 else t.dtype)
+        return kept.copy_(t)
+
+    grads = []
+    for hooks in (contextlib.nullcontext(), saved_tensors_hooks(pack, lambda t: t)):
+        bn = tritonnorm.BatchNorm2d(4, activation=activation)
+        bn(x.detach().clone())
+        leaves = (x.detach().requires_grad_(), residual.clone().requires_grad_())
+        with hooks:
+            y = bn(*leaves)
+        y.backward(dy)
+        grads.append((*(t.grad for t in leaves), bn.weight.grad, bn.bias.grad))
+    error = 0.05 if narrow else 1e-5
+    for plain, hooked in zip(*grads, strict=True):
+        torch.testing.assert_close(plain, hooked.to(plain.dtype), rtol=error, atol=error)

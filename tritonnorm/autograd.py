@@ -16,7 +16,7 @@ from torch import Tensor
 from . import ops, reference
 from .conditions import Kind
 from .ops import unpack_mask
-from .recipe import activity
+from .recipe import activity, view_of
 
 
 class BatchNormFunction(torch.autograd.Function):
@@ -55,14 +55,18 @@ class BatchNormFunction(torch.autograd.Function):
         kept = residual if residual is not None and activity(activation) == "smooth" else None
         saved = (x, kept, mask if save_mask else None, weight, bias, mean, rstd)
         ctx.save_for_backward(*saved, *learned)
-        ctx.options = (batch_statistics, eps, activation, activation_args, direct, kind)
+        strides = None if torch.compiler.is_compiling() else x.stride()
+        ctx.options = (batch_statistics, eps, activation, activation_args, direct, kind, strides)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # once: a checkpoint lets a tensor be unpacked once
         x, residual, mask, weight, bias, mean, rstd, *learned = saved
-        batch_statistics, _, activation, activation_args, direct, kind = ctx.options
+        batch_statistics, _, activation, activation_args, direct, kind, strides = ctx.options
+        if mask is not None and strides is not None and x.stride() != strides:
+            x = _in_order(x, strides)
+            saved = (x, *saved[1:])
         asked = ctx.needs_input_grad
         needs = (
             asked[0],
@@ -90,6 +94,16 @@ class BatchNormFunction(torch.autograd.Function):
 
 
 _apply = super(torch.autograd.Function, BatchNormFunction).apply
+
+
+def _in_order(x: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """The input as the forward had it: bits of a mask lie in the order of its elements, and a hook
+    for saved tensors may give them back in another, as `save_on_cpu(pin_memory=True)` does."""
+    _, dense, copies = view_of(x.shape, strides)
+    order = dense if copies else strides
+    once = x[tuple(slice(0, 1) if s == 0 else slice(None) for s in order)]  # not expanded
+    made = torch.empty_strided(once.shape, order, dtype=x.dtype, device=x.device)
+    return made.copy_(once).expand(x.shape)
 
 
 def _differentiable_backward(

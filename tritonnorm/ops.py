@@ -197,7 +197,10 @@ def _backward(
 ) -> Gradients:
     """``needs``: which of dinput, dresidual, dweight, dbias (and, with a slope, dslope) to compute;
     the others are None."""
-    known = (kind, input.stride(), forced(), tuple(needs))
+    # What was saved may have another dtype by now: a parameter that was cast, a hook that packs.
+    saved = (input, residual, weight, bias, mean, rstd, slope)
+    dtypes = tuple([t is None or t.dtype for t in saved])
+    known = (kind, input.stride(), forced(), tuple(needs), dtypes)
     found = of_kinds.get(known) or recipe(
         "backward", input.shape, input.stride(), input.dtype, Device.of(input.device), forced(),
         batch_statistics, activation, tuple(activation_args),
@@ -295,8 +298,8 @@ def unwatched(*tensors: Tensor | None, before: Sequence[Tensor | None] = ()) -> 
 
     Args:
         tensors: arguments of the operator; None is not given.
-        before: more of them, which were looked at by the forward of this backward. All that can
-            have become of them since, by a hook for saved tensors, is another class.
+        before: more of them, which were looked at by the forward of this backward. A hook for saved
+            tensors can have made another class of them since, but no negative bit.
     """
     if torch.compiler.is_compiling():
         return False

@@ -74,7 +74,7 @@ def test_two_streams_at_once() -> None:
 
 
 def test_in_a_job_a_launch_does_not_wait_for_company(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kernel of another stream holds a multiprocessor for half a second, as a collective may."""
+    """A kernel of another stream holds a multiprocessor for two seconds, as a collective may."""
     monkeypatch.setattr(agree, "has_collectives", lambda: True)
     standing.reload()  # plans are made anew
     try:
@@ -82,11 +82,12 @@ def test_in_a_job_a_launch_does_not_wait_for_company(monkeypatch: pytest.MonkeyP
         x = torch.randn(64, 256, 56, 56, device="cuda", dtype=torch.bfloat16)
         x = x.to(memory_format=torch.channels_last).requires_grad_()
         assert {e.plan.algorithm for e in tritonnorm.explain(bn, x)} == {"persistent"}
-        bn(x).sum().backward()  # compiles
+        for _ in range(2):  # compiles; the second adds to gradients, as the next does
+            bn(x).sum().backward()
         torch.cuda.synchronize()
         other = torch.cuda.Stream()
         with torch.cuda.stream(other):
-            torch.cuda._sleep(1_000_000_000)  # cycles
+            torch.cuda._sleep(4_000_000_000)  # cycles
         bn(x).sum().backward()
         torch.cuda.current_stream().synchronize()
         assert not other.query()

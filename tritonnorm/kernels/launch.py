@@ -229,7 +229,7 @@ def _refuse_one_after_another() -> None:
 
 def _kinds(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
     """What the compiled kernel depends on, beside alignment."""
-    return tuple(None if t is None or t.__class__ is float else t.dtype for t in tensors)
+    return tuple(t.dtype if isinstance(t, torch.Tensor) else None for t in tensors)
 
 
 # Device -> launch and dtypes, or a launch of one kind -> what starts the compiled kernel.
