@@ -6,13 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from tests import cases, matrix
 from tritonnorm import force_plan
 from tritonnorm import ops as _ops  # noqa: F401  registers torch.ops.tritonnorm
 from tritonnorm.kernels.base import Config
 from tritonnorm.sync import ops as _sync_ops  # noqa: F401  and the four around collectives
+from tritonnorm.sync.functional import sync_batch_norm
 
 OPS = torch.ops.tritonnorm
 
@@ -105,3 +108,31 @@ def test_moments_of_many_splits() -> None:
     assert count.eq(7 * 5 * 4).all()
     torch.testing.assert_close(mean, x.mean((0, 2, 3)), rtol=1e-13, atol=0)
     torch.testing.assert_close(m2, x.var((0, 2, 3), correction=0) * 140, rtol=1e-11, atol=0)
+
+
+def test_a_hook_that_gives_back_another_memory_order() -> None:
+    """Bits of the mask lie in the order of the forward."""
+    x = tensor(4, 9, 5, 6).to(memory_format=torch.channels_last)
+    residual, dy = tensor(4, 9, 5, 6, seed=1), tensor(4, 9, 5, 6, seed=2)
+
+    def gradients() -> list[Tensor]:
+        own, z = x.detach().requires_grad_(), residual.clone().requires_grad_()
+        weight = torch.ones(9, dtype=torch.float64, requires_grad=True)
+        y = sync_batch_norm(
+            own, None, None, weight, None, 0.1, 1e-5, 1, group, "relu", (), z, None
+        )  # fmt: skip
+        return list(torch.autograd.grad(y, (own, z, weight), dy))
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        group = dist.group.WORLD.group_name
+        expected = gradients()
+        with saved_tensors_hooks(lambda t: t.clone(memory_format=FORM), lambda t: t):
+            found = gradients()
+    finally:
+        dist.destroy_process_group()
+    for plain, hooked in zip(expected, found, strict=True):
+        assert torch.equal(plain, hooked)
+
+
+FORM = torch.contiguous_format

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import ops, reference
 from .conditions import Kind
 from .ops import unpack_mask
-from .recipe import activity, view_of
+from .recipe import activity
 
 
 class BatchNormFunction(torch.autograd.Function):
@@ -65,7 +65,7 @@ class BatchNormFunction(torch.autograd.Function):
         x, residual, mask, weight, bias, mean, rstd, *learned = saved
         batch_statistics, _, activation, activation_args, direct, kind, strides = ctx.options
         if mask is not None and strides is not None and x.stride() != strides:
-            x = _in_order(x, strides)
+            x = ops.in_order(x, strides)
             saved = (x, *saved[1:])
         asked = ctx.needs_input_grad
         needs = (
@@ -94,16 +94,6 @@ class BatchNormFunction(torch.autograd.Function):
 
 
 _apply = super(torch.autograd.Function, BatchNormFunction).apply
-
-
-def _in_order(x: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """The input as the forward had it: bits of a mask lie in the order of its elements, and a hook
-    for saved tensors may give them back in another, as `save_on_cpu(pin_memory=True)` does."""
-    _, dense, copies = view_of(x.shape, strides)
-    order = dense if copies else strides
-    once = x[tuple(slice(0, 1) if s == 0 else slice(None) for s in order)]  # not expanded
-    made = torch.empty_strided(once.shape, order, dtype=x.dtype, device=x.device)
-    return made.copy_(once).expand(x.shape)
 
 
 def _differentiable_backward(

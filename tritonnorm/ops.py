@@ -331,6 +331,16 @@ def backward(direct: bool) -> Callable[..., Gradients]:
     return _backward if direct else torch.ops.tritonnorm.batch_norm_backward.default
 
 
+def in_order(x: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """A saved input as the forward had it: bits of a mask lie in the order of its elements, and a
+    hook for saved tensors may give them back in another, as `save_on_cpu(pin_memory=True)` does."""
+    _, dense, copies = view_of(x.shape, strides)
+    order = dense if copies else strides
+    once = x[tuple(slice(0, 1) if s == 0 else slice(None) for s in order)]  # not expanded
+    made = torch.empty_strided(once.shape, order, dtype=x.dtype, device=x.device)
+    return made.copy_(once).expand(x.shape)
+
+
 def unpack_mask(mask: Tensor, x: Tensor, form: Form = "plain") -> Tensor:
     """The bits of the mask of a batch norm of some form as a boolean tensor of the shape of
     ``x``."""

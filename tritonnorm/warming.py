@@ -45,7 +45,8 @@ def warmup(model: nn.Module, example: Any) -> Warm:
     kernel runs, no weight or statistic changes, and no memory for activations is needed: the model
     is copied without its weights, and the copy is run on tensors without values. Call it where the
     model and the example lie on the GPU, and with autocast on if training has it on. An input that
-    is not aligned to 16 bytes is compiled when it comes.
+    is not aligned to 16 bytes is compiled when it comes. The first step still looks up each kernel
+    once in what Triton compiled.
 
     Args:
         model: with norms of this library, or frozen (`tritonnorm.freeze`).

@@ -118,12 +118,18 @@ class SyncFunction(torch.autograd.Function):
             y, mean, rstd, merged = _apply(x, weight, bias, gathered, *buffers, momentum, eps)
         ctx.save_for_backward(x, kept, mask, weight, bias, mean, rstd, merged)
         ctx.options = (eps, activation, activation_args, kernels, ranks, group)
+        ctx.strides = None if torch.compiler.is_compiling() else x.stride()
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # once: a checkpoint lets a tensor be unpacked once
-        x, _, _, weight, bias, mean, rstd, merged = saved
+        x, _, mask, weight, bias, mean, rstd, merged = saved
+        if mask is not None and ctx.strides is not None and x.stride() != ctx.strides:
+            from tritonnorm import ops as plain
+
+            x = plain.in_order(x, ctx.strides)
+            saved = (x, *saved[1:])
         _, *epilogue, kernels, _, group = ctx.options
         added = ctx.needs_input_grad[1] and not epilogue[0]  # its gradient is that of y
         needs = [
