@@ -36,3 +36,18 @@ def pool() -> Iterator[Any]:
 
     with ranks() as started:
         yield started
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """An empty cache of tuned results for this process; tables count, none are shipped."""
+    from tritonnorm.tune import standing
+    from tritonnorm.tune.store import UserCache
+
+    monkeypatch.setenv("TRITONNORM_TUNE", "off")
+    monkeypatch.setenv("TRITONNORM_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(standing, "SHIPPED", tmp_path / "shipped")
+    standing.reload()
+    yield UserCache(tmp_path / "cache")
+    monkeypatch.undo()
+    standing.reload()

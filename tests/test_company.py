@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 import torch.distributed as dist
 
@@ -32,17 +29,6 @@ def fullest(problem: Problem, device: Device) -> float:
     """The most multiprocessors that a configuration needs at once."""
     configs = PERSISTENT.configs(problem, device)
     return max(c.at_once * c.splits / WARPS[c.num_warps] for c in configs)
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[UserCache]:
-    monkeypatch.setenv("TRITONNORM_TUNE", "off")
-    monkeypatch.setenv("TRITONNORM_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(standing, "SHIPPED", tmp_path / "shipped")
-    standing.reload()
-    yield UserCache(tmp_path / "cache")
-    monkeypatch.undo()
-    standing.reload()
 
 
 @pytest.mark.parametrize(

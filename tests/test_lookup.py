@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import timeit
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,18 +28,6 @@ from tritonnorm.tune.store import UserCache, write_table
 
 H200, A100 = KNOWN["h200"], KNOWN["a100"]
 SLICE = replace(H200, name="a slice", sms=32)
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[UserCache]:
-    """An empty cache of this process; tables count, none are shipped."""
-    monkeypatch.setenv("TRITONNORM_TUNE", "off")
-    monkeypatch.setenv("TRITONNORM_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(standing, "SHIPPED", tmp_path / "shipped")
-    standing.reload()
-    yield UserCache(tmp_path / "cache")
-    monkeypatch.undo()
-    standing.reload()
 
 
 def ship(tmp_path: Path, device: Device, *entries: object) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,15 +20,7 @@ from tritonnorm.tune import standing
 H200 = KNOWN["h200"]
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("TRITONNORM_TUNE", "off")
-    monkeypatch.setenv("TRITONNORM_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(standing, "SHIPPED", tmp_path / "shipped")
-    standing.reload()
-    yield
-    monkeypatch.undo()
-    standing.reload()
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 class Sequences(nn.Module):

@@ -47,7 +47,7 @@ def launches_to(sink: Callable[[Launch, tuple[Any, ...]], None]) -> Iterator[Non
 
 def is_rehearsing() -> bool:
     """Whether the launches of this thread are not made."""
-    return bool(_sinks) and get_ident() in _sinks
+    return get_ident() in _sinks
 
 
 _sinks: dict[int, Callable[[Launch, tuple[Any, ...]], None]] = {}  # by thread
